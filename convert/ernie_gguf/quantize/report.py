@@ -1,0 +1,371 @@
+"""What `quantize` tells at its end: a table for people, a dictionary for --json, and the folder of --report.
+
+Errors of several experts are put together as means weighted by their numbers of weights; the ratio of two errors is the
+ratio of their means. A ratio below 1 says that calibration made the error smaller.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryFile
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import ErnieGgufError, OutputError
+from ..execute import replacing
+from ..report import human, right
+from .pictures import PICTURES
+from .stats import MatrixStats
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class QuantizeSummary:
+    """A finished run. There is at least one matrix; a tensor's matrices are those of its experts."""
+
+    path: Path
+    nbytes: int  # of the file
+    bits_per_weight: float  # of all its tensors
+    expert_bits_per_weight: float  # of those in `matrices`
+    seconds: float
+    tokens: int  # of the calibration text
+    device: str
+    settings: dict[str, object]  # what else decides the bytes of the output: seed, passes, damping …
+    matrices: tuple[MatrixStats, ...]
+    tensor_bits_per_weight: Mapping[str, float]  # by GGUF tensor, for each in `matrices`
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that are summed up together: the experts of one tensor, or a projection in all layers."""
+
+    matrices: tuple[MatrixStats, ...]
+
+    @property
+    def layer(self) -> int:
+        """Of the first matrix: all of a tensor's are the same."""
+        return self.matrices[0].layer
+
+    @property
+    def projection(self) -> str:
+        """gate, up or down."""
+        return self.matrices[0].projection
+
+    @property
+    def tensor(self) -> str:
+        """The GGUF tensor."""
+        return self.matrices[0].tensor
+
+    @property
+    def weights(self) -> int:
+        """Of all matrices."""
+        return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def error(self) -> float:
+        """Mean of |W - Ŵ|² / |W|²."""
+        return self._mean([matrix.error for matrix in self.matrices])
+
+    @property
+    def metric_error(self) -> float:
+        """Mean error in the calibration metric."""
+        return self._mean([matrix.metric_error for matrix in self.matrices])
+
+    @property
+    def plain_metric_error(self) -> float:
+        """The plain encoder's mean error in the calibration metric."""
+        return self._mean([matrix.plain_metric_error for matrix in self.matrices])
+
+    @property
+    def ratio(self) -> float | None:
+        """`metric_error` over `plain_metric_error`; None where the plain encoder makes no error."""
+        return self.metric_error / self.plain_metric_error if self.plain_metric_error else None
+
+    @property
+    def tokens_least(self) -> int:
+        """Tokens of the expert that saw the fewest."""
+        return min(matrix.tokens for matrix in self.matrices)
+
+    @property
+    def tokens_median(self) -> float:
+        """Median over the matrices."""
+        return median(matrix.tokens for matrix in self.matrices)
+
+    @property
+    def unseen(self) -> int:
+        """Matrices of experts that saw no token."""
+        return sum(1 for matrix in self.matrices if matrix.tokens == 0)
+
+    @property
+    def worse(self) -> int:
+        """Matrices with a larger error in the calibration metric than the plain encoder's."""
+        return sum(1 for matrix in self.matrices if matrix.metric_error > matrix.plain_metric_error)
+
+    @property
+    def scales(self) -> list[int]:
+        """Groups with scale 0 … 15."""
+        return [sum(counts) for counts in zip(*(matrix.scales for matrix in self.matrices), strict=True)]
+
+    def _mean(self, values: Sequence[float]) -> float:
+        weighted = zip(self.matrices, values, strict=True)
+        return sum(matrix.weights * value for matrix, value in weighted) / self.weights
+
+
+def by_tensor(matrices: Sequence[MatrixStats]) -> list[Group]:
+    """One group per tensor, in order of layer and projection, experts in order."""
+    tensors: dict[tuple[int, int], list[MatrixStats]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.expert):
+        tensors.setdefault((matrix.layer, PROJECTIONS.index(matrix.projection)), []).append(matrix)
+    return [Group(tuple(experts)) for _, experts in sorted(tensors.items(), key=lambda item: item[0])]
+
+
+def by_projection(matrices: Sequence[MatrixStats]) -> list[Group]:
+    """One group per projection that there is."""
+    groups = (tuple(m for m in matrices if m.projection == projection) for projection in PROJECTIONS)
+    return [Group(group) for group in groups if group]
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _settings(summary: QuantizeSummary) -> dict[str, Any]:
+    """As JSON has them: paths become text."""
+    settings: dict[str, Any] = json.loads(json.dumps(summary.settings, default=str))
+    return settings
+
+
+def _errors_json(group: Group) -> dict[str, Any]:
+    return {
+        "error": _number(group.error),
+        "metric_error": _number(group.metric_error),
+        "plain_metric_error": _number(group.plain_metric_error),
+        "ratio": _number(group.ratio),
+    }
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    return {
+        "weights": group.weights,
+        **_errors_json(group),
+        "worse_than_plain": group.worse,
+        "tokens_least": group.tokens_least,
+        "tokens_median": group.tokens_median,
+        "unseen_experts": group.unseen,
+        "scales": group.scales,
+    }
+
+
+def _expert_json(matrix: MatrixStats) -> dict[str, Any]:
+    errors = _errors_json(Group((matrix,)))
+    return {"expert": matrix.expert, "tokens": matrix.tokens, **errors, "scales": list(matrix.scales)}
+
+
+def summary_json(summary: QuantizeSummary) -> dict[str, Any]:
+    """Everything, down to the single expert matrix. Numbers that are not finite, and ratios to 0, are null."""
+    return {
+        "file": str(summary.path),
+        "bytes": summary.nbytes,
+        "bits_per_weight": summary.bits_per_weight,
+        "expert_bits_per_weight": summary.expert_bits_per_weight,
+        "seconds": round(summary.seconds, 3),
+        "tokens": summary.tokens,
+        "device": summary.device,
+        "settings": _settings(summary),
+        "projections": {group.projection: _group_json(group) for group in by_projection(summary.matrices)},
+        "tensors": [
+            {
+                "name": group.tensor,
+                "layer": group.layer,
+                "projection": group.projection,
+                "bits_per_weight": summary.tensor_bits_per_weight[group.tensor],
+                **_group_json(group),
+                "experts": [_expert_json(matrix) for matrix in group.matrices],
+            }
+            for group in by_tensor(summary.matrices)
+        ],
+    }
+
+
+_COLUMNS = ("error", "metric error", "plain", "ratio", "tokens min", "median", "unseen")
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    """The numbers of a group under _COLUMNS."""
+    return (
+        f"{group.error:.4f}",
+        f"{group.metric_error:.4f}",
+        f"{group.plain_metric_error:.4f}",
+        "" if group.ratio is None else f"{group.ratio:.3f}",
+        f"{group.tokens_least:,}",
+        f"{group.tokens_median:,.0f}",
+        str(group.unseen or ""),
+    )
+
+
+def _duration(seconds: float) -> str:
+    """12.3 s, or hours, minutes and seconds: 0:30:34."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def _style(group: Group) -> str:
+    if group.ratio is not None and group.ratio > 1:
+        return "red"
+    return "yellow" if group.unseen else ""
+
+
+def _verdicts(summary: QuantizeSummary) -> list[str]:
+    """What a person should know of the errors, a sentence each."""
+    everything = Group(summary.matrices)
+    ratio = everything.ratio
+    change = "" if ratio is None else f", {ratio:.3f} of it"
+    experts = {(matrix.layer, matrix.expert): matrix.tokens for matrix in summary.matrices}
+    unseen = sum(tokens == 0 for tokens in experts.values())
+    return [
+        f"Error in the calibration metric: {everything.metric_error:.4f}; the plain encoder's: "
+        f"{everything.plain_metric_error:.4f}{change}.",
+        f"{everything.worse or 'None'} of {len(summary.matrices):,} expert matrices worse than with the plain encoder.",
+        f"{unseen or 'None'} of {len(experts):,} experts saw no token of the calibration text.",
+    ]
+
+
+def summary_table(summary: QuantizeSummary) -> list[Any]:
+    """The end of a run for people: a row per tensor, one per projection for all layers, three sentences, the file."""
+    table = Table(right("layer"), "projection", *map(right, _COLUMNS), box=None)
+    for group in by_tensor(summary.matrices):
+        table.add_row(str(group.layer), group.projection, *_cells(group), style=_style(group))
+    table.add_section()
+    for group in by_projection(summary.matrices):
+        table.add_row("all", group.projection, *_cells(group), style=_style(group) or "bold")
+    size = f"{human(summary.nbytes)}, {summary.bits_per_weight:.4g} bits per weight"
+    lines = [
+        *_verdicts(summary),
+        f"{summary.path}: {size} ({summary.expert_bits_per_weight:.4g} in the experts), "
+        f"{summary.tokens:,} calibration tokens, {_duration(summary.seconds)} on {summary.device}",
+    ]
+    return [table, "", *map(Text, lines)]
+
+
+_ABOUT = """\
+Errors are relative: 0 is exact, 1 is as bad as zeros. *Error* is |W - Ŵ|² / |W|². *Metric error* is the same weighted
+by what the calibration text feeds the matrix, tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ and H the second moments of the
+inputs: this is what the encoder makes small. *Plain* is the metric error of the encoder without calibration, *ratio*
+the metric error over it. Errors of several experts are means weighted by their numbers of weights, ratios are ratios
+of such means. *Tokens* are the calibration tokens that were routed to an expert, *min* and *median* over the experts;
+*unseen* counts the experts that saw none. `report.json` has the same for every expert by itself.
+"""
+
+
+def _markdown_table(left: Sequence[str], numbers: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns of text, then columns of numbers."""
+    head = [*left, *numbers]
+    rule = ["---"] * len(left) + ["---:"] * len(numbers)
+    return "".join(f"| {' | '.join(_in_cell(cell) for cell in row)} |\n" for row in (head, rule, *rows))
+
+
+def _in_cell(text: str) -> str:
+    """Names of files may hold what would end the cell."""
+    return " ".join(text.replace("|", "\\|").splitlines())
+
+
+def _markdown(summary: QuantizeSummary) -> str:
+    tensors, projections = by_tensor(summary.matrices), by_projection(summary.matrices)
+    facts = {
+        "file": str(summary.path),
+        "size": f"{human(summary.nbytes)}, {summary.bits_per_weight:.4g} bits per weight",
+        "experts": f"{summary.expert_bits_per_weight:.4g} bits per weight",
+        "calibration tokens": f"{summary.tokens:,}",
+        "time": f"{_duration(summary.seconds)} on {summary.device}",
+    }
+    settings = {name: json.dumps(value, ensure_ascii=False) for name, value in _settings(summary).items()}
+    bits = summary.tensor_bits_per_weight
+    numbers = ("weights", "bits/weight", *_COLUMNS)
+    overview = ((g.projection, f"{g.weights:,}", *_cells(g)) for g in projections)
+    rows = ((g.tensor, f"{g.weights:,}", f"{bits[g.tensor]:.4g}", *_cells(g)) for g in tensors)
+    return "\n".join(
+        [
+            f"# {_in_cell(summary.path.name)}: quantization report\n",
+            _markdown_table(("what", "value"), (), [*facts.items(), *settings.items()]),
+            *_verdicts(summary),
+            "",
+            _markdown_table(("projection",), ("weights", *_COLUMNS), overview),
+            _ABOUT,
+            *(f"## {picture.title}\n\n![{picture.title}]({picture.name})\n\n{picture.text}" for picture in PICTURES),
+            "## Tensors\n",
+            _markdown_table(("tensor",), numbers, rows),
+        ]
+    )
+
+
+def _file_names() -> tuple[str, ...]:
+    return ("report.md", "report.json", *(picture.name for picture in PICTURES))
+
+
+def check_report_folder(folder: Path, overwrite: bool) -> None:
+    """Find out before the long run whether `write_report` will succeed. Leaves nothing behind.
+
+    Raises:
+        ErnieGgufError: matplotlib is missing.
+        OutputError: the folder cannot be made or written, or holds a report and `overwrite` is false.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415 - a part of the extra
+    except ImportError as exc:
+        raise ErnieGgufError(
+            "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"
+        ) from exc
+    place = folder if folder.exists() else folder.parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: exists and is no folder; give --report another name")
+    if not place.is_dir():
+        raise OutputError(f"{place}: no such folder; create it first")
+    for name in _file_names():
+        if (folder / name).exists() and not overwrite:
+            raise OutputError(f"{folder / name}: exists already; give --overwrite to replace it")
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as exc:
+        raise OutputError(f"{place}: {exc.strerror}; the report cannot be written there") from exc
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make `folder` if it is not there; if the block fails, what was made goes away."""
+    made = not folder.is_dir()
+    try:
+        if made:
+            folder.mkdir()
+    except OSError as exc:
+        raise OutputError(f"{folder}: {exc.strerror}; the report was not written") from exc
+    try:
+        yield
+    except BaseException:
+        if made:
+            folder.rmdir()
+        raise
+
+
+def write_report(folder: Path, summary: QuantizeSummary) -> None:
+    """Write report.md, report.json and the pictures into `folder`, all of them or none; those there are replaced.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    files = {
+        "report.md": _markdown(summary).encode(),
+        "report.json": (json.dumps(summary_json(summary), indent=1, ensure_ascii=False) + "\n").encode(),
+        **{picture.name: picture.draw(by_tensor(summary.matrices)) for picture in PICTURES},
+    }
+    with _folder(folder), ExitStack() as renamed_at_the_end:
+        for name, data in files.items():
+            renamed_at_the_end.enter_context(replacing(folder / name, overwrite=True)).write_bytes(data)
