@@ -227,14 +227,14 @@ def _verdicts(summary: QuantizeSummary) -> list[str]:
     """What a person should know of the errors, a sentence each."""
     everything = Group(summary.matrices)
     ratio = everything.ratio
-    change = "" if ratio is None else f", {ratio:.3f} of it"
+    change = "" if ratio is None else f", ratio {ratio:.3f}"
     experts = {(matrix.layer, matrix.expert): matrix.tokens for matrix in summary.matrices}
     unseen = sum(tokens == 0 for tokens in experts.values())
     return [
-        f"Error in the calibration metric: {everything.metric_error:.4f}; the plain encoder's: "
+        f"Error in the calibration metric: {everything.metric_error:.4f}, the plain encoder's "
         f"{everything.plain_metric_error:.4f}{change}.",
-        f"{everything.worse or 'None'} of {len(summary.matrices):,} expert matrices worse than with the plain encoder.",
-        f"{unseen or 'None'} of {len(experts):,} experts saw no token of the calibration text.",
+        f"Worse than with the plain encoder: {everything.worse or 'none'} of {len(summary.matrices):,} expert matrices.",
+        f"Without a token of the calibration text: {unseen or 'none'} of {len(experts):,} experts.",
     ]
 
 
@@ -314,15 +314,9 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     """Find out before the long run whether `write_report` will succeed. Leaves nothing behind.
 
     Raises:
-        ErnieGgufError: matplotlib is missing.
         OutputError: the folder cannot be made or written, or holds a report and `overwrite` is false.
+        ErnieGgufError: matplotlib is missing.
     """
-    try:
-        import matplotlib.figure  # noqa: F401, PLC0415 - a part of the extra
-    except ImportError as exc:
-        raise ErnieGgufError(
-            "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"
-        ) from exc
     place = folder if folder.exists() else folder.parent
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: exists and is no folder; give --report another name")
@@ -336,6 +330,12 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
             pass
     except OSError as exc:
         raise OutputError(f"{place}: {exc.strerror}; the report cannot be written there") from exc
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415 - a part of the extra
+    except ImportError as exc:
+        raise ErnieGgufError(
+            "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"
+        ) from exc
 
 
 @contextmanager
