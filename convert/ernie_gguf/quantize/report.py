@@ -226,14 +226,14 @@ def _style(group: Group) -> str:
 def _verdicts(summary: QuantizeSummary) -> list[str]:
     """What a person should know of the errors, a sentence each."""
     everything = Group(summary.matrices)
-    ratio = everything.ratio
+    ratio, worse = everything.ratio, everything.worse
     change = "" if ratio is None else f", ratio {ratio:.3f}"
     experts = {(matrix.layer, matrix.expert): matrix.tokens for matrix in summary.matrices}
     unseen = sum(tokens == 0 for tokens in experts.values())
     return [
         f"Error in the calibration metric: {everything.metric_error:.4f}, the plain encoder's "
         f"{everything.plain_metric_error:.4f}{change}.",
-        f"Worse than with the plain encoder: {everything.worse or 'none'} of {len(summary.matrices):,} expert matrices.",
+        f"Worse than with the plain encoder: {worse or 'none'} of {len(summary.matrices):,} expert matrices.",
         f"Without a token of the calibration text: {unseen or 'none'} of {len(experts):,} experts.",
     ]
 
