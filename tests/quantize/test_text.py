@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,11 @@ def without_bos(folder: Path) -> Path:
     copy_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
     return folder
+
+
+def test_torch_is_not_needed() -> None:
+    code = "import sys, ernie_gguf.quantize.text; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_files_are_joined_in_order_and_cut(tmp_path: Path) -> None:
