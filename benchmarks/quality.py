@@ -1,0 +1,335 @@
+"""Quality of 2-bit experts: ccq2, plain and calibrated, beside llama.cpp's own types, each against bf16.
+
+    python benchmarks/quality.py CHECKPOINT --calibration TEXT --evaluate OTHER_TEXT
+
+converts the checkpoint to bf16, has llama-perplexity keep its token probabilities on the first `--evaluate-bytes` of
+the evaluation text, and then, type by type, makes a file whose experts have that type and everything else q8_0, and
+measures it against bf16: ccq2 by `ernie-gguf convert` (plain) and `ernie-gguf quantize` (calibrated), llama.cpp's types
+by llama-quantize with an importance matrix from the same calibration text. bf16 and q8_0 throughout are there as
+reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
+
+The figures of issue 6 and of the documentation: ernie-mini, its calibration.txt, the first 250,000 bytes of its
+held-out.txt, context 512 (the defaults). That takes 4 minutes on 2 cores without the calibrated row. `--only` chooses
+rows; without torch, leave ccq2-calibrated out.
+
+Disk: the probabilities take 2 bytes times vocabulary for every second token of the text (0.7 GB for ernie-mini, 7 GB
+with ERNIE's 103,424 words), and the bf16 file and one quantized file lie beside them; in TMPDIR, or in --keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import machine, progress, report
+from ernie_gguf.gguf_io import GgufFile, read_gguf
+from ernie_gguf.types import ccq2_row_size
+from rich.table import Table
+
+REPOSITORY = Path(__file__).parents[1]
+ERNIE_GGUF = Path(sys.executable).parent / "ernie-gguf"
+TOOLS = ("llama-perplexity", "llama-imatrix", "llama-quantize")
+
+CALIBRATED = "ccq2-calibrated"
+PEERS = ("iq2_xxs", "iq2_xs", "iq2_s", "q2_K", "iq3_xxs", "q4_0")
+ROWS = ("bf16", "q8_0", "ccq2", CALIBRATED, *PEERS)
+
+EXPERTS, ROUTER = "_exps.", ".ffn_gate_inp."  # in the names of GGUF
+_NUMBER = r"(-?\d+\.\d+)"
+# What llama-perplexity --kl-divergence prints; the second number is the standard error.
+FIGURES = {
+    "mean PPL": rf"^Mean PPL\(Q\) +: +{_NUMBER} ± +{_NUMBER}$",
+    "mean KLD": rf"^Mean +KLD: +{_NUMBER} ± +{_NUMBER}$",
+    "99 % KLD": rf"^99\.0% +KLD: +{_NUMBER}$",
+    "same top token": rf"^Same top p: +{_NUMBER} ± +{_NUMBER} %$",
+}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A model against bf16 on one text: KLD in nats per token, same_top in percent of tokens."""
+
+    ppl: float
+    ppl_error: float
+    kld: float
+    kld_error: float
+    kld_99: float
+    same_top: float
+    same_top_error: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file: its divergence, bits per weight of its expert tensors and of the whole file, seconds to make it."""
+
+    name: str
+    divergence: Divergence
+    expert_bits: float
+    file_bits: float
+    file_bytes: int
+    seconds: float
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """What a command printed on both outputs; if it fails, leave with the end of that."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    said = done.stdout.decode(errors="replace")
+    if done.returncode:
+        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{said[-3000:]}")
+    return said
+
+
+def parse_divergence(output: str) -> Divergence:
+    """The figures in the output of llama-perplexity --kl-divergence; leaves if one is missing or is no number."""
+    values: list[float] = []
+    for name, pattern in FIGURES.items():
+        found = re.findall(pattern, output, re.MULTILINE)
+        if len(found) != 1:
+            sys.exit(f"llama-perplexity printed no {name}, expected one line like {pattern}:\n{output[-3000:]}")
+        numbers = found[0] if isinstance(found[0], tuple) else found
+        values += map(float, numbers)
+    return Divergence(*values)
+
+
+def head(text: bytes, limit: int) -> bytes:
+    """The first `limit` bytes, less the character that the cut would split. Raises UnicodeDecodeError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return decoder.decode(text[:limit], final=len(text) <= limit).encode()
+
+
+def check_types(file: GgufFile, experts: str, others: str) -> None:
+    """Leave unless every expert tensor has type `experts`, every router f32 and every other matrix `others`.
+
+    llama-quantize takes another type, with no more than a warning, where the rows do not fit the one asked for.
+    """
+    if not any(EXPERTS in tensor.name for tensor in file.tensors):
+        sys.exit(f"{file.path.name}: no expert tensor (…{EXPERTS}weight): this measures mixture-of-experts models")
+    for tensor in file.tensors:
+        if len(tensor.ne) < 2:
+            continue
+        expected = experts if EXPERTS in tensor.name else "f32" if ROUTER in tensor.name else others
+        if tensor.type_name != expected.lower():
+            sys.exit(
+                f"{file.path.name}: tensor {tensor.name} with rows of {tensor.ne[0]} is {tensor.type_name}, "
+                f"expected {expected.lower()}: leave {experts} out (--only)"
+            )
+
+
+def check_imatrix_was_used(output: str) -> None:
+    """Leave if llama-quantize found nothing for an expert tensor in the importance matrix."""
+    missing = re.search(rf"did not find weights for (\S*{re.escape(EXPERTS)}\S*)", output)
+    if missing:
+        sys.exit(f"llama-imatrix collected nothing for {missing[1]}: give more calibration text")
+
+
+def types_of(name: str) -> tuple[str, str]:
+    """Types of the experts and of the other matrices in a row's file."""
+    return (name.removesuffix("-calibrated"), "bf16" if name == "bf16" else "q8_0")
+
+
+def command_to_make(name: str, path: Path, arguments: argparse.Namespace) -> list[str | Path]:
+    """The command that writes a row's file; for llama.cpp's types from bf16.gguf and imatrix.gguf beside it."""
+    if name == CALIBRATED:
+        texts = [part for text in arguments.calibration for part in ("--calibration", text)]
+        options = ["--threads", str(arguments.threads), *shlex.split(arguments.quantize_args)]
+        return [ERNIE_GGUF, "quantize", arguments.checkpoint, *texts, "--outfile", path, *options]
+    if name not in PEERS:
+        return [ERNIE_GGUF, "convert", arguments.checkpoint, "--outtype", name, "--outfile", path]
+    types = ["--tensor-type", f"ffn_(gate|up|down)_exps={name}"]
+    types += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
+    imatrix, source = path.with_name("imatrix.gguf"), path.with_name("bf16.gguf")
+    tool = arguments.llama_cpp / "llama-quantize"
+    return [tool, "--imatrix", imatrix, *types, source, path, "Q8_0", str(arguments.threads)]
+
+
+def make(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[GgufFile, float]:
+    """Write a row's file, checked to be what it is called; also returns the seconds that it took."""
+    path = folder / f"{name}.gguf"
+    begin = time.perf_counter()
+    said = run(command_to_make(name, path, arguments))
+    seconds = time.perf_counter() - begin
+    if name in PEERS:
+        check_imatrix_was_used(said)
+    file = read_gguf(path)
+    check_types(file, *types_of(name))
+    return file, seconds
+
+
+def tool(program: str, folder: Path, model: str, arguments: argparse.Namespace) -> list[str | Path]:
+    """The start of a command: one of llama.cpp's programs, a model in the folder, context and threads."""
+    options = ["-c", str(arguments.context), "-t", str(arguments.threads)]
+    return [arguments.llama_cpp / program, "-m", folder / f"{model}.gguf", *options]
+
+
+def prepare(folder: Path, arguments: argparse.Namespace) -> float:
+    """Write bf16.gguf, bf16.kld and, where a row needs it, imatrix.gguf; returns the seconds that bf16.gguf took."""
+    _, seconds = make("bf16", folder, arguments)
+    options: list[str | Path] = ["-f", folder / "evaluation.txt", "--kl-divergence-base", folder / "bf16.kld"]
+    said = run([*tool("llama-perplexity", folder, "bf16", arguments), *options])
+    if "Final estimate: PPL" not in said:  # too short a text is no failure to it
+        sys.exit(f"llama-perplexity printed no perplexity of {arguments.evaluate}:\n{said[-3000:]}")
+    if any(name in PEERS for name in arguments.only):
+        options = ["-f", folder / "calibration.txt", "-o", folder / "imatrix.gguf", "--no-ppl"]
+        run([*tool("llama-imatrix", folder, "bf16", arguments), *options])
+    return seconds
+
+
+def measure(name: str, file: GgufFile, seconds: float, folder: Path, arguments: argparse.Namespace) -> Row:
+    """Compare a row's file with the probabilities kept of bf16."""
+    options: list[str | Path] = ["--kl-divergence-base", folder / "bf16.kld", "--kl-divergence"]
+    divergence = parse_divergence(run([*tool("llama-perplexity", folder, name, arguments), *options]))
+    experts = [tensor for tensor in file.tensors if EXPERTS in tensor.name]
+    size = file.path.stat().st_size
+    return Row(
+        name,
+        divergence,
+        8 * sum(tensor.nbytes for tensor in experts) / sum(tensor.elements for tensor in experts),
+        8 * size / sum(tensor.elements for tensor in file.tensors),
+        size,
+        seconds,
+    )
+
+
+def measure_all(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    """All rows in turn; only bf16.gguf stays on the disk beside the row's file, or all with --keep."""
+    rows = []
+    for name in progress(["preparing", *arguments.only], "measuring"):
+        if name == "preparing":
+            bf16_seconds = prepare(folder, arguments)
+            continue
+        bf16 = name == "bf16"
+        file, seconds = (read_gguf(folder / "bf16.gguf"), bf16_seconds) if bf16 else make(name, folder, arguments)
+        rows.append(measure(name, file, seconds, folder, arguments))
+        if not bf16 and not arguments.keep:
+            file.path.unlink()
+    return rows
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    """One line per file."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("experts")
+    for column in ("bits", "bits, file", "MB", "PPL", "mean KLD", "99 % KLD", "same top", "made in"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        of = row.divergence
+        table.add_row(
+            row.name,
+            f"{row.expert_bits:.3f}",
+            f"{row.file_bits:.2f}",
+            f"{row.file_bytes / 1e6:,.1f}",
+            f"{of.ppl:.3f} ± {of.ppl_error:.3f}",
+            f"{of.kld:.4f} ± {of.kld_error:.4f}",
+            f"{of.kld_99:.3f}",
+            f"{of.same_top:.1f} %",
+            f"{row.seconds:,.0f} s",
+        )
+    if any(row.name.startswith("ccq2") for row in rows):
+        bits = " and ".join(f"{8 * ccq2_row_size(k) / k:.3f}" for k in (2560, 1536))
+        table.caption = (
+            f"ccq2 with the header and padding of its rows; rows of 2560 and 1536, as in the 21B, have {bits} bits."
+        )
+    return table
+
+
+@contextmanager
+def working_folder(keep: Path | None) -> Iterator[Path]:
+    """The folder to keep, or a temporary one."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+        yield Path(folder)
+
+
+def read_texts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[bytes, bytes]:
+    """The calibration texts one after another, and the part of the evaluation text that is used."""
+    try:
+        calibration = b"".join(path.read_bytes() for path in arguments.calibration)
+        evaluation = head(arguments.evaluate.read_bytes(), arguments.evaluate_bytes)
+    except OSError as exc:
+        parser.error(f"{exc.filename}: {exc.strerror}")
+    except UnicodeDecodeError as exc:
+        parser.error(f"{arguments.evaluate}: not UTF-8 at byte {exc.start}")
+    if evaluation in calibration:
+        parser.error(f"{arguments.evaluate}: this text is empty or was used for calibration; give another")
+    return calibration, evaluation
+
+
+def positive(text: str) -> int:
+    """An option's value. Raises ValueError, which argparse reports."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a BF16 ERNIE-4.5-MoE")
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True, metavar="TEXT")
+    parser.add_argument("--evaluate", type=Path, required=True, metavar="TEXT", help="not used for calibration")
+    parser.add_argument(
+        "--evaluate-bytes", type=positive, default=250_000, help="of the evaluation text (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=positive, default=512, help="tokens (default: %(default)s)")
+    built = REPOSITORY / "bindings" / "ernie_llama" / "lib"
+    parser.add_argument(
+        "--llama-cpp", type=Path, default=built, metavar="BIN", help="folder of the patched programs (default: built)"
+    )
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="TYPE", help=" ".join(ROWS))
+    parser.add_argument(
+        "--quantize-args", default="", metavar="ARGS", help='more for ernie-gguf quantize: --quantize-args="--device …"'
+    )
+    parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder that keeps all files")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the files one by one, measure, print."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    for program in TOOLS:
+        if not (arguments.llama_cpp / program).exists():
+            parser.error(f"{arguments.llama_cpp} holds no {program} (make build)")
+    if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
+        parser.error(f"{arguments.keep} is not empty: files of another run would be taken for this one's")
+    calibration, evaluation = read_texts(parser, arguments)
+    where = machine()
+    with working_folder(arguments.keep) as folder:
+        (folder / "calibration.txt").write_bytes(calibration)
+        (folder / "evaluation.txt").write_bytes(evaluation)
+        rows = measure_all(folder, arguments)
+    results: dict[str, object] = {
+        "machine": where,
+        "checkpoint": str(arguments.checkpoint),
+        "calibration": [str(path) for path in arguments.calibration],
+        "evaluation": str(arguments.evaluate),
+        "evaluation_bytes": len(evaluation),
+        "context": arguments.context,
+        "quantize_args": arguments.quantize_args,
+        "rows": rows,
+    }
+    title = f"{arguments.checkpoint.name} against bf16, {len(evaluation):,} bytes of {arguments.evaluate.name}"
+    report(results, table_of(rows, title), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()
