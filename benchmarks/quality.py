@@ -9,8 +9,8 @@ by llama-quantize with an importance matrix from the same calibration text. bf16
 reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
 
 The figures of issue 6 and of the documentation: ernie-mini, its calibration.txt, the first 250,000 bytes of its
-held-out.txt, context 512 (the defaults). That takes 4 minutes on 2 cores without the calibrated row. `--only` chooses
-rows; without torch, leave ccq2-calibrated out.
+held-out.txt, context 512 (the defaults). That takes 6.5 minutes with --threads 1, without the calibrated row. `--only`
+chooses rows; without torch, leave ccq2-calibrated out.
 
 Disk: the probabilities take 2 bytes times vocabulary for every second token of the text (0.7 GB for ernie-mini, 7 GB
 with ERNIE's 103,424 words), and the bf16 file and one quantized file lie beside them; in TMPDIR, or in --keep.
@@ -240,7 +240,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     if any(row.name.startswith("ccq2") for row in rows):
         bits = " and ".join(f"{8 * ccq2_row_size(k) / k:.3f}" for k in (2560, 1536))
         table.caption = (
-            f"ccq2 with the header and padding of its rows; rows of 2560 and 1536, as in the 21B, have {bits} bits."
+            f"ccq2 counts its rows' header and padding: at the 21B's rows of 2560 and 1536, {bits} bits."
         )
     return table
 
