@@ -239,9 +239,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
         )
     if any(row.name.startswith("ccq2") for row in rows):
         bits = " and ".join(f"{8 * ccq2_row_size(k) / k:.3f}" for k in (2560, 1536))
-        table.caption = (
-            f"ccq2 counts its rows' header and padding: at the 21B's rows of 2560 and 1536, {bits} bits."
-        )
+        table.caption = f"ccq2 counts its rows' header and padding: at the 21B's rows of 2560 and 1536, {bits} bits."
     return table
 
 
