@@ -17,6 +17,8 @@ CUDA  := $(BUILD_DIR)/cuda
 DEMO  := $(BUILD_DIR)/demo
 BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
+SEARCH := $(BUILD_DIR)/quantizer/libccq_search.so
+SEARCH_LIB := convert/ernie_gguf/quantize/lib
 
 TOOLS := llama-server llama-cli llama-completion llama-bench llama-perplexity llama-quantize llama-imatrix \
          llama-tokenize llama-gguf-split ggml-rpc-server test-backend-ops test-quantize-fns
@@ -32,10 +34,11 @@ build_newer = if [ ! -e $(1)/.built ] || [ $(1)/build.ninja -nt $(1)/.built ] ||
 # The patched sources that a build follows from.
 SERIES := $(wildcard ggml_patch/*.patch) ggml_patch/series ggml_patch/upstream.txt $(shell find ggml_patch/src -type f)
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
+C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/quantize/ccq_search.cpp
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format checkout patch refresh build build-cuda clean require
+.PHONY: help demo test lint format checkout patch refresh search quantizer build build-cuda clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -80,7 +83,17 @@ $(CPU)/build.ninja: $(BUILD_DIR)/.patched Makefile
 	$(CMAKE) -B $(CPU) $(LLAMA_CMAKE_ARGS) > $(BUILD_DIR)/cmake-cpu.log 2>&1 || { cat $(BUILD_DIR)/cmake-cpu.log; exit 1; }
 	@touch $@
 
-build: $(CPU)/build.ninja ## build llama.cpp with ccq2 for the CPU
+$(SEARCH): convert/ernie_gguf/quantize/ccq_search.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O3 -march=native -fno-math-errno -Wall -Wextra -shared -fPIC -o $@ $<
+
+# The link belongs to one BUILD_DIR, as that of the bindings does.
+search: $(SEARCH)
+	@ln -sfn $(abspath $(dir $(SEARCH))) $(SEARCH_LIB)
+
+quantizer: $(VENV)/.extras-quantize search ## install what `ernie-gguf quantize` needs (torch), compile its search
+
+build: $(CPU)/build.ninja search ## build llama.cpp with ccq2 for the CPU
 	@$(call build_newer,$(CPU))
 	@ln -sfn $(abspath $(CPU))/bin $(LIB)
 
@@ -109,12 +122,12 @@ lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror --style=file:ggml_patch/.clang-format $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu
+	$(BIN)/clang-format --dry-run -Werror --style=file:ggml_patch/.clang-format $(C_SOURCES)
 
 format: $(VENV)/.extras-$(EXTRAS) ## rewrite our Python, C and CUDA files in the style that lint checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i --style=file:ggml_patch/.clang-format $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu
+	$(BIN)/clang-format -i --style=file:ggml_patch/.clang-format $(C_SOURCES)
 
 clean: ## remove BUILD_DIR, VENV and the caches
-	rm -rf $(BUILD_DIR) $(VENV) $(LIB) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(BUILD_DIR) $(VENV) $(LIB) $(SEARCH_LIB) .mypy_cache .pytest_cache .ruff_cache .hypothesis

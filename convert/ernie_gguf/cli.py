@@ -14,6 +14,7 @@ import typer
 from .chat import chat
 from .errors import ErnieGgufError
 from .outtype import FloatType, Outtype
+from .quantize.command import quantize
 from .serve import serve
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command()(quantize)
 app.command()(serve)
 app.command()(chat)
 

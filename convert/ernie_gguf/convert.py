@@ -88,7 +88,7 @@ def output_path(job: Job, outfile: Path) -> Path:
     return outfile
 
 
-def _header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
+def header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; all but the first carry only what ties them to it."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
@@ -122,7 +122,7 @@ def run(
         if (needed := sum(data_nbytes(part) for part in files)) > (free := free_bytes(outfile.parent)):
             raise OutputError(f"{outfile}: needs {needed} bytes, the disk has {free} free; nothing was written")
         for number, (temporary, part) in enumerate(zip(temporaries, files, strict=True)):
-            with unfinished(temporary, _header(job, files, number)) as (fd, data_offset):
+            with unfinished(temporary, header(job, files, number)) as (fd, data_offset):
                 losses |= write_tensors(part, fd, data_offset, threads, progress)
         set_inexact_rows(temporaries[0], sum(lost.missed_rows for lost in losses.values()))
         nbytes = sum(temporary.stat().st_size for temporary in temporaries)

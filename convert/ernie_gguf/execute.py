@@ -66,7 +66,8 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
         start += padded(tensor.nbytes)
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`."""
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
@@ -100,12 +101,20 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Losses:
         data, losses = encode_values(values, piece.tensor.kind)
     except EncodeError as exc:
         raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
-    _pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
+    pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
     return losses
 
 
-def write_tensors(plan: Plan, fd: int, data_offset: int, threads: int, progress: Progress) -> dict[str, Losses]:
-    """Write all tensors of a plan to an open file whose data section begins at `data_offset`.
+def write_tensors(
+    plan: Plan,
+    fd: int,
+    data_offset: int,
+    threads: int,
+    progress: Progress,
+    *,
+    skip: Callable[[TensorPlan], bool] = lambda _: False,
+) -> dict[str, Losses]:
+    """Write the tensors of a plan, but those to `skip`, to an open file whose data section begins at `data_offset`.
 
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
@@ -124,6 +133,8 @@ def write_tensors(plan: Plan, fd: int, data_offset: int, threads: int, progress:
 
         try:
             for piece in pieces(plan, data_offset):
+                if skip(piece.tensor):
+                    continue
                 pending.append((piece, pool.submit(_write_piece, reader, fd, piece)))
                 if len(pending) > 2 * threads:
                     finish()
@@ -144,18 +155,23 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path, match in found if match and not Path(f"/proc/{match[1]}").exists()]
 
 
-@contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `path`: the file written there takes its name if the block succeeds, else it goes away.
-
-    Any OSError of the block becomes an OutputError.
-    """
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises OutputError if a file may not take the name `path`."""
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: exists and is not a regular file")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; give --overwrite to replace it")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: no such folder; create it first")
+
+
+@contextmanager
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary name beside `path`: the file written there takes its name if the block succeeds, else it goes away.
+
+    Any OSError of the block becomes an OutputError.
+    """
+    check_output(path, overwrite)
     temporary = path.parent / f".ernie-gguf-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         temporary.touch()  # a folder without permission is known before any work

@@ -53,21 +53,35 @@ def write_header(writer: GGUFWriter, path: Path) -> int:
     return padded(path.stat().st_size)
 
 
+def begin(path: Path, writer: GGUFWriter) -> int:
+    """Write everything before the data to `path`, with zeros in place of "GGUF"; returns where the data begins.
+
+    Until `finish`, no program takes the file for a model, were the machine to stop in between.
+    """
+    data_offset = write_header(writer, path)
+    with path.open("r+b") as file:
+        file.write(bytes(4))
+    return data_offset
+
+
+def finish(fd: int) -> None:
+    """Make a file that is written completely a GGUF file."""
+    os.fsync(fd)
+    os.pwrite(fd, struct.pack("<I", GGUF_MAGIC), 0)
+    os.fsync(fd)
+
+
 @contextmanager
 def unfinished(path: Path, writer: GGUFWriter) -> Iterator[tuple[int, int]]:
     """Write everything before the data to `path`; gives a descriptor and where the data begins.
 
-    The file begins with zeros in place of "GGUF" until the block has succeeded: were the machine to stop in between, no
-    program would take it for a model.
+    The file is no GGUF file until the block has succeeded.
     """
-    data_offset = write_header(writer, path)
+    data_offset = begin(path, writer)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.pwrite(fd, bytes(4), 0)
         yield fd, data_offset
-        os.fsync(fd)
-        os.pwrite(fd, struct.pack("<I", GGUF_MAGIC), 0)
-        os.fsync(fd)
+        finish(fd)
     finally:
         os.close(fd)
 

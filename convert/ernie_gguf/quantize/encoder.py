@@ -1,0 +1,273 @@
+"""The calibrated encoder: matrices and the second moments of their inputs -> ccq2 rows.
+
+Top to bottom: `encode` fixes a super scale per row, encodes the columns one after another and feeds each error into the
+columns to come (`_feed_back`), once per candidate code map of a row, refits the super scales, and revisits every code
+with the full quadratic form (`_descend`). Rows lie side by side in the last dimension: arrays are [B, columns, N].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..ccq2 import GROUP, Ccq2Rows, pack_rows
+from ..encode import BOOK_RMS, TOP_SCALE
+from .kernels import LANES, QUADS, Books, Kernels, RowGroup
+from .metric import DAMPING, QUAD, Metric, make_metric, plain_metric
+
+PASSES = 5  # of coordinate descent; more gained nothing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows: w, e = w - ŵ float32 [B, K, N]; d, cost [B, N]; codes uint8 [B, K/4, N]; scales uint8 [B, K/64, N];
+    member int32 [B, N], the row's code map in the pool.
+    """
+
+    w: torch.Tensor
+    e: torch.Tensor
+    d: torch.Tensor
+    cost: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    member: torch.Tensor
+
+    def take(self, order: torch.Tensor) -> "Rows":
+        """The rows `order` [B, N'] of each matrix."""
+
+        def pick(a: torch.Tensor) -> torch.Tensor:
+            index = order if a.ndim == 2 else order[:, None].expand(-1, a.shape[1], -1)
+            return a.gather(-1, index)
+
+        return Rows(*(pick(getattr(self, field.name)) for field in fields(self)))
+
+    def better(self, other: "Rows") -> "Rows":
+        """Row by row the cheaper of the two."""
+        wins = self.cost <= other.cost
+
+        def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.where(wins if a.ndim == 2 else wins[:, None], a, b)
+
+        return Rows(*(pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def _lane_order(member: torch.Tensor, members: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order of rows in which each block of 16 has one code map: rows [B, N'] and members of the blocks [B, N'/16].
+
+    Each map's rows are filled up to a multiple of 16 by repeating one of them, and all matrices to the same N'.
+    """
+    orders, blocks = [], []
+    for each in member:
+        parts = [(each == m).nonzero()[:, 0] for m in range(members)]
+        padded = [torch.cat([part, part[:1].expand(-len(part) % LANES)]) for part in parts]
+        orders.append(torch.cat(padded))
+        counts = torch.tensor([len(part) // LANES for part in padded], device=member.device)
+        blocks.append(torch.arange(members, dtype=torch.int32, device=member.device).repeat_interleave(counts))
+    longest = max(map(len, orders))
+    for b, order in enumerate(orders):  # the last row once more, as often as the longest needs
+        missing = longest - len(order)
+        orders[b] = torch.cat([order, order[-1:].expand(missing)])
+        blocks[b] = torch.cat([blocks[b], blocks[b][-1:].expand(missing // LANES)])
+    return torch.stack(orders), torch.stack(blocks)
+
+
+def _inverse_order(order: torch.Tensor, n: int) -> torch.Tensor:
+    """Where each of the n rows is in `order` [B, N']: [B, n]."""
+    at = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty(len(order), n, dtype=torch.int64, device=order.device).scatter_(1, order, at)
+
+
+def _groups(rows: Rows, blocks: torch.Tensor) -> Iterator[tuple[int, slice, RowGroup]]:
+    """The groups from left to right: number, columns, views."""
+    for group in range(rows.scales.shape[1]):
+        here = slice(group * GROUP, (group + 1) * GROUP)
+        codes = rows.codes[:, group * QUADS : (group + 1) * QUADS]
+        views = RowGroup(rows.w[:, here], rows.e[:, here], rows.d, codes, rows.scales[:, group], blocks)
+        yield group, here, views
+
+
+def _feed_back(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
+    """Encode all columns, left to right; fills codes, scales, e and cost."""
+    rows.cost.zero_()
+    for group, here, views in _groups(rows, blocks):
+        target = views.w + metric.feed[:, : here.start, here].mT @ rows.e[:, : here.start]
+        kernels.feedback_group(views, target, metric.group(group), books, rows.cost)
+
+
+def _descend(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
+    """One pass over all groups: each scale, then each byte, everything else fixed."""
+    for group, here, views in _groups(rows, blocks):
+        kernels.descend_group(views, metric.h[:, here] @ rows.e, metric.group(group), books)
+
+
+def cost_of(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """E H Eᵀ of each row: e [B, K, N], h [B, K, K] -> [B, N]."""
+    return ((h @ e) * e).sum(1)
+
+
+def _refit(rows: Rows, hw: torch.Tensor, metric: Metric) -> Rows:
+    """Super scales by least squares in the metric, codes fixed; `hw` is H Wᵀ."""
+    value = rows.w - rows.e
+    power = ((metric.h @ value) * value).sum(1)
+    slope = (hw * value).sum(1) / torch.where(power > 0, power, 1)
+    grow = torch.where((power > 0) & (slope > 0), slope, 1)
+    return replace(rows, d=rows.d * grow, e=rows.w - value * grow[:, None])
+
+
+def _half_shrink(rows: Rows, hw: torch.Tensor) -> Rows:
+    """Undo half of least squares' shrinkage: d / sqrt(slope), slope = (W H Ŵᵀ) / (W H Wᵀ)."""
+    value = rows.w - rows.e
+    power = (hw * rows.w).sum(1)
+    slope = torch.where(power > 0, (hw * value).sum(1) / torch.where(power > 0, power, 1), 1).clamp(0.25, 1)
+    grow = slope.rsqrt()
+    return replace(rows, d=rows.d * grow, e=rows.w - value * grow[:, None])
+
+
+def _start(w: torch.Tensor) -> tuple[Rows, torch.Tensor]:
+    """Rows [B, N, K] with their first super scale, nothing encoded yet; and the unit [B, N] they were divided by.
+
+    The unit is a power of two, so that no square overflows and nothing is rounded.
+    """
+    largest = w.abs().amax(2)
+    unit = torch.where(largest > 0, largest, 1).frexp().exponent.float().exp2()
+    columns = (w / unit[:, :, None]).mT.contiguous()
+    b, k, n = columns.shape
+    rms = columns.reshape(b, k // GROUP, GROUP, n).square().mean(2).sqrt()  # [B, K/64, N]
+    d = rms.amax(1) / BOOK_RMS / TOP_SCALE
+    rows = Rows(
+        w=columns,
+        e=columns.clone(),
+        d=torch.where(d > 0, d, 1),
+        cost=torch.zeros_like(d),
+        codes=torch.zeros(b, k // QUAD, n, dtype=torch.uint8, device=w.device),
+        scales=torch.zeros(b, k // GROUP, n, dtype=torch.uint8, device=w.device),
+        member=torch.zeros(b, n, dtype=torch.int32, device=w.device),
+    )
+    return rows, unit
+
+
+def _empty(rows: Rows, member: int) -> Rows:
+    """The same rows, not encoded, with one code map for all."""
+    fresh = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales", "cost")}
+    return replace(rows, **fresh, member=torch.full_like(rows.member, member))
+
+
+def _half_shrunk(rows: Rows, hw: torch.Tensor, metric: Metric) -> Rows:
+    rows = _half_shrink(rows, hw)
+    return replace(rows, cost=cost_of(rows.e, metric.h))
+
+
+def encode_plain(rows: Rows, metric: Metric, books: Books, kernels: Kernels) -> Rows:
+    """By plain squared error with the pool's first code map; `cost` is in the metric all the same."""
+    out = _empty(rows, 0)
+    b, k, _ = rows.w.shape
+    blocks = out.member[:, ::LANES].contiguous()
+    _feed_back(out, blocks, plain_metric(b, k, rows.w.device), books, kernels)
+    return _half_shrunk(out, rows.w, metric)
+
+
+def encode_calibrated(rows: Rows, metric: Metric, books: Books, kernels: Kernels, passes: int = PASSES) -> Rows:
+    """By the metric, each row with the best of the pool's code maps."""
+    best: Rows | None = None
+    for member in range(len(books.maps)):
+        tried = _empty(rows, member)
+        _feed_back(tried, tried.member[:, ::LANES].contiguous(), metric, books, kernels)
+        best = tried if best is None else best.better(tried)
+    assert best is not None  # noqa: S101 - a pool is never empty
+    hw = metric.h @ rows.w
+    order, blocks = _lane_order(best.member, len(books.maps))
+    lanes, lanes_hw = best.take(order), hw.gather(2, order[:, None].expand(-1, hw.shape[1], -1))
+    for _ in range(passes):
+        lanes = _refit(lanes, lanes_hw, metric)
+        _descend(lanes, blocks, metric, books, kernels)
+    return _half_shrunk(lanes.take(_inverse_order(order, rows.w.shape[2])), hw, metric)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of some rows of a matrix: the fields of MatrixStats."""
+
+    rows: int
+    error: float
+    metric_error: float
+    plain_metric_error: float
+    scales: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B encoded matrices: ccq2 rows data [B][N, row size], their decoded value float32 [B, N, K], sums per row [B, N].
+
+    The sums are squares of w and of e, and both and the plain encoder's error in the metric, undamped.
+    """
+
+    data: list[npt.NDArray[np.uint8]]
+    value: torch.Tensor
+    scales: torch.Tensor  # [B, K/64, N]
+    square: torch.Tensor
+    square_error: torch.Tensor
+    power: torch.Tensor
+    cost: torch.Tensor
+    plain_cost: torch.Tensor
+
+    def measure(self, b: int, row: int, end: int) -> Measured:
+        """Sum up rows `row` … `end` of a matrix; a matrix of zeros has no error."""
+
+        def ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
+            total = float(whole[b, row:end].double().sum())
+            return float(part[b, row:end].double().sum()) / total if total > 0 else 0.0
+
+        return Measured(
+            end - row,
+            ratio(self.square_error, self.square),
+            ratio(self.cost, self.power),
+            ratio(self.plain_cost, self.power),
+            tuple(torch.bincount(self.scales[b, :, row:end].flatten().int(), minlength=16).tolist()),
+        )
+
+
+def _pack(rows: Rows, unit: torch.Tensor, books: Books) -> list[npt.NDArray[np.uint8]]:
+    """ccq2 rows; 64 zeros are spelled scale 0 and codes 0, a row of zeros d = 0."""
+    codes = torch.where(rows.scales.repeat_interleave(QUADS, 1) > 0, rows.codes, 0)
+    d = torch.where((rows.scales > 0).any(1), rows.d * unit, 0)
+    maps = books.maps[rows.member.long()].cpu().numpy().astype(np.uint32)  # [B, N, 2]
+    fields_ = (d.cpu().numpy(), codes.mT.cpu().numpy(), rows.scales.mT.cpu().numpy())
+    return [pack_rows(Ccq2Rows(m[:, 0], m[:, 1], *each)) for m, *each in zip(maps, *fields_, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The encoder with its settings."""
+
+    books: Books
+    kernels: Kernels
+    passes: int = PASSES
+    damping: float = DAMPING
+
+    def encode(self, w: torch.Tensor, h: torch.Tensor) -> Encoded:
+        """Encode w [B, N, K] whose inputs have second moments h [B, K, K]; N is a multiple of 16.
+
+        A row on which the plain encoder does better in the metric, should there be one, is taken from there.
+        """
+        metric = make_metric(h, self.damping)
+        start, unit = _start(w)
+        plain = encode_plain(start, metric, self.books, self.kernels)
+        rows = encode_calibrated(start, metric, self.books, self.kernels, self.passes).better(plain)
+        size = unit.square()
+        square, square_error = rows.w.square().sum(1), rows.e.square().sum(1)
+
+        def undamped(cost: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+            return (cost - self.damping * squares) * size
+
+        return Encoded(
+            _pack(rows, unit, self.books),
+            ((rows.w - rows.e) * unit[:, None]).mT.contiguous(),
+            rows.scales,
+            square * size,
+            square_error * size,
+            undamped(cost_of(rows.w, metric.h), square),
+            undamped(rows.cost, square_error),
+            undamped(plain.cost, plain.e.square().sum(1)),
+        )

@@ -1,0 +1,188 @@
+"""The inner loops of the encoder: in torch, which is the truth and runs on GPUs, and compiled, for CPUs.
+
+Both work on a group of 64 columns of B matrices with N rows each, stored by columns. Rows come in lane blocks of 16,
+which share a code map of the pool. A search takes the byte whose codeword c is nearest to a target y in a metric
+A (4x4): the greatest (yA)·(cA) - |cA|²/2, of equals the lowest.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..ccq2 import GROUP, codebook
+from ..encode import BOOK_RMS, SCALE_STEPS
+from .metric import QUAD, GroupMetric
+
+LANES = 16
+QUADS = GROUP // QUAD  # code bytes of a group
+LARGEST_SCALE = 15
+
+LIBRARY = Path(__file__).parent / "lib" / "libccq_search.so"  # a link made by `make build`
+
+
+@dataclass(frozen=True)
+class Books:
+    """The pool of P code maps: maps int64 [P, 2] (M, Z); their codewords words float32 [P, 256, 4]."""
+
+    maps: torch.Tensor
+    words: torch.Tensor
+
+
+def make_books(pool: tuple[tuple[int, int], ...], device: str = "cpu") -> Books:
+    """The code maps and their codewords."""
+    words = np.stack([codebook(m, z) for m, z in pool]).astype(np.float32)
+    return Books(torch.tensor(pool, dtype=torch.int64, device=device), torch.from_numpy(words).to(device))
+
+
+def make_tables(books: Books, metric: torch.Tensor) -> torch.Tensor:
+    """Codewords in a group's metrics, metric [B, 16, 4, 4] -> [B, P, 16, 256, 5]: cA and |cA|²/2."""
+    seen = torch.einsum("pcj,bqji->bpqci", books.words, metric)
+    return torch.cat([seen, (seen * seen).sum(-1, keepdim=True) / 2], -1).contiguous()
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Views of the rows' arrays at one group: w, e = w - ŵ float32 [B, 64, N]; d [B, N]; codes uint8 [B, 16, N]; scales
+    uint8 [B, N]; member int32 [B, N/16], the lane blocks' code maps. The last dimension is contiguous.
+    """
+
+    w: torch.Tensor
+    e: torch.Tensor
+    d: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    member: torch.Tensor
+
+
+class Kernels(Protocol):
+    """What the encoder asks for."""
+
+    def feedback_group(
+        self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
+        """Choose scale and codes, feeding each byte's error into the rest of the group.
+
+        `target` [B, 64, N] is w and what the errors of earlier groups add to it. Writes codes, scales and e; adds what
+        the errors cost to `cost` [B, N].
+        """
+
+    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+        """Revisit the scale, then each code with everything else fixed: never raises E H Eᵀ but by rounding.
+
+        `p` [B, 64, N] is E H at the group's columns. Changes codes, scales and e.
+        """
+
+
+class TorchKernels:
+    """The slow path: plain torch, any device."""
+
+    def feedback_group(
+        self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
+        """See Kernels. All scales are tried side by side, S of them."""
+        tables = make_tables(books, metric.forward)
+        rms = target.square().mean(1).sqrt()
+        steps = torch.tensor(SCALE_STEPS, device=target.device)[:, None]
+        guess = (rms / (BOOK_RMS * rows.d)).clamp(0, 100).round()
+        scale = (guess[:, None] + steps).clamp(0, LARGEST_SCALE)  # [B, S, N]
+        d = rows.d[:, None]
+        unit, step = (d * scale.clamp(min=1))[:, :, None], (d * scale)[:, :, None]  # [B, S, 1, N]
+        left = target[:, None].repeat(1, len(SCALE_STEPS), 1, 1)  # [B, S, 64, N]: targets, as errors are fed in
+        error = torch.empty_like(left)
+        code = torch.empty_like(left[:, :, :QUADS], dtype=torch.uint8)
+        total = torch.zeros_like(scale)
+        for q in range(QUADS):
+            here, rest = slice(QUAD * q, QUAD * (q + 1)), slice(QUAD * (q + 1), GROUP)
+            forward = metric.forward[:, None, q].mT  # [B, 1, 4, 4], from the left
+            code[:, :, q], word = _nearest(forward @ left[:, :, here] / unit, tables[:, :, q], books, rows.member)
+            error[:, :, here] = rows.w[:, None, here] - step * word
+            total += (forward @ (left[:, :, here] - step * word)).square().sum(2)
+            left[:, :, rest] += metric.feed[:, None, here, rest].mT @ error[:, :, here]
+        best = total.argmin(1, keepdim=True)  # [B, 1, N]
+        cost += total.gather(1, best)[:, 0]
+        rows.scales.copy_(scale.gather(1, best)[:, 0])
+        rows.codes.copy_(code.gather(1, best[:, :, None].expand(-1, -1, QUADS, -1))[:, 0])
+        rows.e.copy_(error.gather(1, best[:, :, None].expand(-1, -1, GROUP, -1))[:, 0])
+
+    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+        """See Kernels."""
+        tables = make_tables(books, metric.around)
+        h, e = metric.h, rows.e
+        v = _words(rows.codes, books, rows.member)  # [B, 64, N]
+        vh = h.mT @ v
+        old = rows.scales.float()
+        scale = (old + (p * v).sum(1) / (rows.d * (vh * v).sum(1))).clamp(0, LARGEST_SCALE).round()
+        moved = ((scale - old) * rows.d)[:, None]
+        e -= moved * v
+        p = p - moved * vh
+        rows.scales.copy_(scale)
+        unit, step = (rows.d * scale.clamp(min=1))[:, None], (rows.d * scale)[:, None]
+        for q in range(QUADS):
+            here = slice(QUAD * q, QUAD * (q + 1))
+            others = p[:, here] - h[:, here, here].mT @ e[:, here]
+            y = metric.around[:, q].mT @ (rows.w[:, here] + metric.inverse[:, q].mT @ others) / unit
+            code, word = _nearest(y[:, None], tables[:, :, q], books, rows.member)
+            moved = step * (word[:, 0] - v[:, here])
+            rows.codes[:, q] = code[:, 0]
+            e[:, here] -= moved
+            p -= h[:, here].mT @ moved
+
+
+def _words(codes: torch.Tensor, books: Books, member: torch.Tensor) -> torch.Tensor:
+    """Codewords of code bytes [B, Q, N] -> [B, 4Q, N]."""
+    of_row = member.long().repeat_interleave(LANES, 1)[:, None]  # [B, 1, N]
+    return books.words[of_row, codes.long()].movedim(3, 2).flatten(1, 2)
+
+
+def _nearest(
+    y: torch.Tensor, tables: torch.Tensor, books: Books, member: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets in the metric y [B, S, 4, N], tables [B, P, 256, 5] -> bytes [B, S, N] and codewords [B, S, 4, N]."""
+    b, s, _, n = y.shape
+    blocks = n // LANES
+    lanes = y.reshape(b, s, QUAD, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(b * blocks, s * LANES, QUAD)
+    table = tables.gather(1, member.long()[:, :, None, None].expand(-1, -1, *tables.shape[2:])).flatten(0, 1)
+    scores = torch.baddbmm(table[:, None, :, QUAD], lanes, table[:, :, :QUAD].mT, beta=-1)  # [B*blocks, S*16, 256]
+    best = scores.argmax(2).reshape(b, blocks, s, LANES).permute(0, 2, 1, 3).reshape(b, s, n)
+    words = books.words[member.long().repeat_interleave(LANES, 1)[:, None], best]  # [B, S, N, 4]
+    return best.to(torch.uint8), words.movedim(3, 2)
+
+
+class CompiledKernels:
+    """The same by ccq_search.cpp, on the CPU: 30 times as fast there."""
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        self._library = ctypes.CDLL(str(path))
+
+    @staticmethod
+    def available() -> bool:
+        """Whether `make build` has compiled it."""
+        return LIBRARY.exists()
+
+    def feedback_group(
+        self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
+        """See Kernels."""
+        small = [a.contiguous() for a in (metric.forward, metric.feed, make_tables(books, metric.forward))]
+        outputs = (rows.codes, rows.scales, rows.e, cost)
+        self._call("ccq_feedback_group", rows, books, (rows.w, target, rows.d, *small, rows.member, *outputs))
+
+    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+        """See Kernels."""
+        tables = make_tables(books, metric.around)
+        small = [a.contiguous() for a in (metric.h, metric.inverse, metric.around, tables)]
+        outputs = (rows.codes, rows.scales, rows.e)
+        self._call("ccq_descend_group", rows, books, (rows.w, p, rows.d, *small, rows.member, *outputs))
+
+    def _call(self, name: str, rows: RowGroup, books: Books, arrays: tuple[torch.Tensor, ...]) -> None:
+        """Call `name`(rows, stride of columns, code maps, arrays …) for each matrix."""
+        function = getattr(self._library, name)
+        maps = books.maps.to(torch.uint32)
+        n, stride = rows.w.shape[2], rows.w.stride(1)
+        for b in range(len(rows.w)):
+            pointers = (ctypes.c_void_p(a[b].data_ptr()) for a in arrays)
+            function(ctypes.c_int64(n), ctypes.c_int64(stride), ctypes.c_void_p(maps.data_ptr()), *pointers)
