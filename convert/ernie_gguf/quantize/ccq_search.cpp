@@ -208,7 +208,7 @@ extern "C" void ccq_feedback_group(int64_t n,
 #define BLOCKS 4 // lane blocks that descend together, so that the search has independent chains
 
 struct descent {
-    vfloat e[GROUP], p[GROUP], v[GROUP], d, scale;
+    vfloat e[GROUP], p[GROUP], v[GROUP], d, scale, cost;
     vint code[QUADS];
 };
 
@@ -234,6 +234,7 @@ static void descend_scale(descent * x, const float * h) {
         x->e[i] -= moved * x->v[i];
         x->p[i] -= moved * vh[i];
     }
+    x->cost += moved * (moved * bend - 2 * slope);
     x->scale = scale;
 }
 
@@ -249,10 +250,12 @@ static void descend_lanes(int blocks,
                           const float * p,
                           uint8_t * codes,
                           uint8_t * scales,
-                          float * e) {
+                          float * e,
+                          float * cost) {
     descent x[BLOCKS];
     for (int b = 0; b < blocks; b++) {
         x[b].d = *(const vfloat *) (d + LANES * b);
+        x[b].cost = *(const vfloat *) (cost + LANES * b);
         x[b].scale = __builtin_convertvector(load_bytes(scales + LANES * b), vfloat);
         for (int i = 0; i < GROUP; i++) {
             x[b].e[i] = load(e + LANES * b, stride, i);
@@ -294,11 +297,13 @@ static void descend_lanes(int blocks,
             decode(best[b], map, v);
             for (int j = 0; j < 4; j++) {
                 const vfloat moved = step * (v[j] - x[b].v[4 * q + j]);
+                const vfloat before = x[b].p[4 * q + j];
                 x[b].v[4 * q + j] = v[j];
                 x[b].e[4 * q + j] -= moved;
                 for (int i = 0; i < GROUP; i++) {
                     x[b].p[i] -= moved * h[GROUP * (4 * q + j) + i];
                 }
+                x[b].cost -= moved * (before + x[b].p[4 * q + j]);
             }
         }
     }
@@ -310,6 +315,7 @@ static void descend_lanes(int blocks,
             store_bytes(codes + q * stride + LANES * b, x[b].code[q]);
         }
         store_bytes(scales + LANES * b, __builtin_convertvector(x[b].scale, vint));
+        *(vfloat *) (cost + LANES * b) = x[b].cost;
     }
 }
 
@@ -327,7 +333,8 @@ extern "C" void ccq_descend_group(int64_t n,
                                   const int32_t * member,
                                   uint8_t * codes,
                                   uint8_t * scales,
-                                  float * e) {
+                                  float * e,
+                                  float * cost) {
     for (int64_t i = 0; i < n;) {
         const int32_t a = member[i / LANES];
         int blocks = 1;
@@ -336,7 +343,7 @@ extern "C" void ccq_descend_group(int64_t n,
         }
         const code_map map = { maps[2 * a], maps[2 * a + 1] };
         descend_lanes(blocks, stride, w + i, d + i, h, inverse, metric, map, tables + (int64_t) a * QUADS * 256 * ENTRY, p + i,
-                      codes + i, scales + i, e + i);
+                      codes + i, scales + i, e + i, cost + i);
         i += LANES * blocks;
     }
 }

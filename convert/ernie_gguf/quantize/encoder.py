@@ -1,8 +1,8 @@
 """The calibrated encoder: matrices and the second moments of their inputs -> ccq2 rows.
 
 Top to bottom: `encode` fixes a super scale per row, encodes the columns one after another and feeds each error into the
-columns to come (`_feed_back`), once per candidate code map of a row, refits the super scales, and revisits every code
-with the full quadratic form (`_descend`). Rows lie side by side in the last dimension: arrays are [B, columns, N].
+columns to come (`_feed_back`), once per code map of the pool, then revisits every code with the full quadratic form
+(`_descend`), the super scales refitted in between. Rows lie side by side in the last dimension: arrays are [B, columns, N].
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,12 @@ PASSES = 5  # of coordinate descent; more gained nothing
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows: w, e = w - ŵ float32 [B, K, N]; d, cost [B, N]; codes uint8 [B, K/4, N]; scales uint8 [B, K/64, N];
-    member int32 [B, N], the row's code map in the pool.
+    """Encoded rows: w, hw = H wᵀ, e = w - ŵ float32 [B, K, N]; d, cost = e H eᵀ [B, N]; codes uint8 [B, K/4, N]; scales
+    uint8 [B, K/64, N]; member int32 [B, N], the row's code map in the pool.
     """
 
     w: torch.Tensor
+    hw: torch.Tensor
     e: torch.Tensor
     d: torch.Tensor
     cost: torch.Tensor
@@ -44,13 +45,17 @@ class Rows:
         return Rows(*(pick(getattr(self, field.name)) for field in fields(self)))
 
     def better(self, other: "Rows") -> "Rows":
-        """Row by row the cheaper of the two."""
+        """Row by row the cheaper of two encodings of the same rows."""
         wins = self.cost <= other.cost
 
-        def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        def pick(name: str) -> torch.Tensor:
+            a, b = getattr(self, name), getattr(other, name)
             return torch.where(wins if a.ndim == 2 else wins[:, None], a, b)
 
-        return Rows(*(pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return replace(self, **{name: pick(name) for name in _ENCODING})
+
+
+_ENCODING = ("e", "d", "cost", "codes", "scales", "member")  # the fields of Rows that an encoder chooses
 
 
 def _lane_order(member: torch.Tensor, members: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +94,7 @@ def _groups(rows: Rows, blocks: torch.Tensor) -> Iterator[tuple[int, slice, RowG
 
 
 def _feed_back(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
-    """Encode all columns, left to right; fills codes, scales, e and cost."""
-    rows.cost.zero_()
+    """Encode all columns, left to right; fills codes, scales, e and cost, which is zero before."""
     for group, here, views in _groups(rows, blocks):
         target = views.w + metric.feed[:, : here.start, here].mT @ rows.e[:, : here.start]
         kernels.feedback_group(views, target, metric.group(group), books, rows.cost)
@@ -99,33 +103,33 @@ def _feed_back(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, k
 def _descend(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
     """One pass over all groups: each scale, then each byte, everything else fixed."""
     for group, here, views in _groups(rows, blocks):
-        kernels.descend_group(views, metric.h[:, here] @ rows.e, metric.group(group), books)
+        kernels.descend_group(views, metric.h[:, here] @ rows.e, metric.group(group), books, rows.cost)
 
 
-def cost_of(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """E H Eᵀ of each row: e [B, K, N], h [B, K, K] -> [B, N]."""
-    return ((h @ e) * e).sum(1)
+def _grown(rows: Rows, grow: torch.Tensor, cross: torch.Tensor) -> Rows:
+    """All super scales times `grow` [B, N]; `cross` is W H Ŵᵀ."""
+    power = (rows.hw * rows.w).sum(1)  # W H Wᵀ
+    whole = rows.cost + 2 * cross - power  # Ŵ H Ŵᵀ
+    e = rows.w - (rows.w - rows.e) * grow[:, None]
+    return replace(rows, d=rows.d * grow, e=e, cost=power - 2 * grow * cross + grow * grow * whole)
 
 
-def _refit(rows: Rows, hw: torch.Tensor, metric: Metric) -> Rows:
-    """Super scales by least squares in the metric, codes fixed; `hw` is H Wᵀ."""
-    value = rows.w - rows.e
-    power = ((metric.h @ value) * value).sum(1)
-    slope = (hw * value).sum(1) / torch.where(power > 0, power, 1)
-    grow = torch.where((power > 0) & (slope > 0), slope, 1)
-    return replace(rows, d=rows.d * grow, e=rows.w - value * grow[:, None])
+def _refit(rows: Rows) -> Rows:
+    """Super scales by least squares in the metric, everything else fixed."""
+    power, cross = (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
+    whole = rows.cost + 2 * cross - power
+    usual = (cross > 0) & (whole > 0)
+    return _grown(rows, torch.where(usual, cross / torch.where(usual, whole, 1), 1), cross)
 
 
-def _half_shrink(rows: Rows, hw: torch.Tensor) -> Rows:
+def _half_shrink(rows: Rows) -> Rows:
     """Undo half of least squares' shrinkage: d / sqrt(slope), slope = (W H Ŵᵀ) / (W H Wᵀ)."""
-    value = rows.w - rows.e
-    power = (hw * rows.w).sum(1)
-    slope = torch.where(power > 0, (hw * value).sum(1) / torch.where(power > 0, power, 1), 1).clamp(0.25, 1)
-    grow = slope.rsqrt()
-    return replace(rows, d=rows.d * grow, e=rows.w - value * grow[:, None])
+    power, cross = (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
+    slope = torch.where(power > 0, cross / torch.where(power > 0, power, 1), 1).clamp(0.25, 1)
+    return _grown(rows, slope.rsqrt(), cross)
 
 
-def _start(w: torch.Tensor) -> tuple[Rows, torch.Tensor]:
+def _start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
     """Rows [B, N, K] with their first super scale, nothing encoded yet; and the unit [B, N] they were divided by.
 
     The unit is a power of two, so that no square overflows and nothing is rounded.
@@ -138,7 +142,8 @@ def _start(w: torch.Tensor) -> tuple[Rows, torch.Tensor]:
     d = rms.amax(1) / BOOK_RMS / TOP_SCALE
     rows = Rows(
         w=columns,
-        e=columns.clone(),
+        hw=metric.h @ columns,
+        e=columns,
         d=torch.where(d > 0, d, 1),
         cost=torch.zeros_like(d),
         codes=torch.zeros(b, k // QUAD, n, dtype=torch.uint8, device=w.device),
@@ -148,41 +153,37 @@ def _start(w: torch.Tensor) -> tuple[Rows, torch.Tensor]:
     return rows, unit
 
 
-def _empty(rows: Rows, member: int) -> Rows:
-    """The same rows, not encoded, with one code map for all."""
-    fresh = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales", "cost")}
-    return replace(rows, **fresh, member=torch.full_like(rows.member, member))
-
-
-def _half_shrunk(rows: Rows, hw: torch.Tensor, metric: Metric) -> Rows:
-    rows = _half_shrink(rows, hw)
-    return replace(rows, cost=cost_of(rows.e, metric.h))
+def _empty(rows: Rows, member: int) -> tuple[Rows, torch.Tensor]:
+    """The same rows, not encoded, with one code map for all; and the members of their lane blocks [B, N/16]."""
+    fresh = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales")}
+    out = replace(rows, **fresh, cost=torch.zeros_like(rows.cost), member=torch.full_like(rows.member, member))
+    return out, out.member[:, ::LANES].contiguous()
 
 
 def encode_plain(rows: Rows, metric: Metric, books: Books, kernels: Kernels) -> Rows:
     """By plain squared error with the pool's first code map; `cost` is in the metric all the same."""
-    out = _empty(rows, 0)
-    b, k, _ = rows.w.shape
-    blocks = out.member[:, ::LANES].contiguous()
-    _feed_back(out, blocks, plain_metric(b, k, rows.w.device), books, kernels)
-    return _half_shrunk(out, rows.w, metric)
+    out, blocks = _empty(rows, 0)
+    plain = plain_metric(len(rows.w), rows.w.device)
+    for _, _, views in _groups(out, blocks):
+        kernels.feedback_group(views, views.w, plain, books, out.cost)
+    shrunk = _half_shrink(replace(out, hw=rows.w))  # by squared error: H = I
+    return replace(shrunk, hw=rows.hw, cost=((metric.h @ shrunk.e) * shrunk.e).sum(1))
 
 
 def encode_calibrated(rows: Rows, metric: Metric, books: Books, kernels: Kernels, passes: int = PASSES) -> Rows:
     """By the metric, each row with the best of the pool's code maps."""
     best: Rows | None = None
     for member in range(len(books.maps)):
-        tried = _empty(rows, member)
-        _feed_back(tried, tried.member[:, ::LANES].contiguous(), metric, books, kernels)
+        tried, blocks = _empty(rows, member)
+        _feed_back(tried, blocks, metric, books, kernels)
         best = tried if best is None else best.better(tried)
     assert best is not None  # noqa: S101 - a pool is never empty
-    hw = metric.h @ rows.w
     order, blocks = _lane_order(best.member, len(books.maps))
-    lanes, lanes_hw = best.take(order), hw.gather(2, order[:, None].expand(-1, hw.shape[1], -1))
+    lanes = best.take(order)
     for _ in range(passes):
-        lanes = _refit(lanes, lanes_hw, metric)
+        lanes = _refit(lanes)
         _descend(lanes, blocks, metric, books, kernels)
-    return _half_shrunk(lanes.take(_inverse_order(order, rows.w.shape[2])), hw, metric)
+    return _half_shrink(lanes.take(_inverse_order(order, rows.w.shape[2])))
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class Pipeline:
         A row on which the plain encoder does better in the metric, should there be one, is taken from there.
         """
         metric = make_metric(h, self.damping)
-        start, unit = _start(w)
+        start, unit = _start(w, metric)
         plain = encode_plain(start, metric, self.books, self.kernels)
         rows = encode_calibrated(start, metric, self.books, self.kernels, self.passes).better(plain)
         size = unit.square()
@@ -267,7 +268,7 @@ class Pipeline:
             rows.scales,
             square * size,
             square_error * size,
-            undamped(cost_of(rows.w, metric.h), square),
+            undamped((rows.hw * rows.w).sum(1), square),
             undamped(rows.cost, square_error),
             undamped(plain.cost, plain.e.square().sum(1)),
         )

@@ -70,10 +70,12 @@ class Kernels(Protocol):
         the errors cost to `cost` [B, N].
         """
 
-    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+    def descend_group(
+        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
         """Revisit the scale, then each code with everything else fixed: never raises E H Eᵀ but by rounding.
 
-        `p` [B, 64, N] is E H at the group's columns. Changes codes, scales and e.
+        `p` [B, 64, N] is E H at the group's columns. Changes codes, scales and e; adds the change of E H Eᵀ to `cost`.
         """
 
 
@@ -108,15 +110,19 @@ class TorchKernels:
         rows.codes.copy_(code.gather(1, best[:, :, None].expand(-1, -1, QUADS, -1))[:, 0])
         rows.e.copy_(error.gather(1, best[:, :, None].expand(-1, -1, GROUP, -1))[:, 0])
 
-    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+    def descend_group(
+        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
         """See Kernels."""
         tables = make_tables(books, metric.around)
         h, e = metric.h, rows.e
         v = _words(rows.codes, books, rows.member)  # [B, 64, N]
         vh = h.mT @ v
         old = rows.scales.float()
-        scale = (old + (p * v).sum(1) / (rows.d * (vh * v).sum(1))).clamp(0, LARGEST_SCALE).round()
+        slope, bend = (p * v).sum(1), (vh * v).sum(1)
+        scale = (old + slope / (rows.d * bend)).clamp(0, LARGEST_SCALE).round()
         moved = ((scale - old) * rows.d)[:, None]
+        cost += moved[:, 0] * (moved[:, 0] * bend - 2 * slope)
         e -= moved * v
         p = p - moved * vh
         rows.scales.copy_(scale)
@@ -129,7 +135,9 @@ class TorchKernels:
             moved = step * (word[:, 0] - v[:, here])
             rows.codes[:, q] = code[:, 0]
             e[:, here] -= moved
+            before = p[:, here].clone()
             p -= h[:, here].mT @ moved
+            cost -= (moved * (before + p[:, here])).sum(1)
 
 
 def _words(codes: torch.Tensor, books: Books, member: torch.Tensor) -> torch.Tensor:
@@ -171,11 +179,13 @@ class CompiledKernels:
         outputs = (rows.codes, rows.scales, rows.e, cost)
         self._call("ccq_feedback_group", rows, books, (rows.w, target, rows.d, *small, rows.member, *outputs))
 
-    def descend_group(self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books) -> None:
+    def descend_group(
+        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
         """See Kernels."""
         tables = make_tables(books, metric.around)
         small = [a.contiguous() for a in (metric.h, metric.inverse, metric.around, tables)]
-        outputs = (rows.codes, rows.scales, rows.e)
+        outputs = (rows.codes, rows.scales, rows.e, cost)
         self._call("ccq_descend_group", rows, books, (rows.w, p, rows.d, *small, rows.member, *outputs))
 
     def _call(self, name: str, rows: RowGroup, books: Books, arrays: tuple[torch.Tensor, ...]) -> None:

@@ -72,20 +72,15 @@ def make_metric(h: torch.Tensor, damping: float = DAMPING) -> Metric:
     g = lower.flip(1, 2)  # upper triangular, h = g gᵀ
     forward = diagonal_blocks(g, QUAD)
     b, k, _ = h.shape
-    columns = g.reshape(b, k, k // QUAD, QUAD).permute(0, 2, 1, 3)  # [B, K/4, K, 4]
-    feed = (columns @ torch.linalg.inv(forward)).permute(0, 2, 1, 3).reshape(b, k, k)
+    columns = g.float().reshape(b, k, k // QUAD, 1, QUAD)
+    feed = (columns @ torch.linalg.inv(forward).float()[:, None]).reshape(b, k, k)
     blocks = diagonal_blocks(h, QUAD)
-    return Metric(
-        h.float(),
-        feed.float(),
-        forward.float(),
-        torch.linalg.cholesky(blocks).float(),
-        torch.linalg.inv(blocks).float(),
-    )
+    around, inverse = torch.linalg.cholesky(blocks), torch.linalg.inv(blocks)
+    return Metric(h.float(), feed, forward.float(), around.float(), inverse.float())
 
 
-def plain_metric(b: int, k: int, device: torch.device) -> Metric:
-    """H = I: squared error, nothing fed back."""
-    eye = torch.eye(k, device=device).expand(b, k, k)
-    small = torch.eye(QUAD, device=device).expand(b, k // QUAD, QUAD, QUAD)
-    return Metric(eye, eye, small, small, small)
+def plain_metric(b: int, device: torch.device) -> GroupMetric:
+    """H = I at every group: squared error, nothing fed back."""
+    eye = torch.eye(GROUP, device=device).expand(b, GROUP, GROUP)
+    small = torch.eye(QUAD, device=device).expand(b, GROUP // QUAD, QUAD, QUAD)
+    return GroupMetric(eye, eye, small, small, small)
