@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .stats import Group, MatrixStats
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
-
-    from .report import Group
-    from .stats import MatrixStats
 
 Grid = npt.NDArray[np.float64]  # [layers, experts]; NaN where there is no such expert
 

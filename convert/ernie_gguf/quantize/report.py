@@ -1,7 +1,6 @@
 """What `quantize` tells at its end: a table for people, a dictionary for --json, and the folder of --report.
 
-Errors of several experts are put together as means weighted by their numbers of weights; the ratio of two errors is the
-ratio of their means. A ratio below 1 says that calibration made the error smaller.
+A ratio of errors below 1 says that calibration made the error smaller. See `stats` for how errors are put together.
 """
 
 import json
@@ -11,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -22,9 +20,7 @@ from ..errors import ErnieGgufError, OutputError
 from ..execute import replacing
 from ..report import human, right
 from .pictures import PICTURES
-from .stats import MatrixStats
-
-PROJECTIONS = ("gate", "up", "down")
+from .stats import Group, MatrixStats, by_projection, by_tensor
 
 
 @dataclass(frozen=True)
@@ -41,96 +37,6 @@ class QuantizeSummary:
     settings: dict[str, object]  # what else decides the bytes of the output: seed, passes, damping …
     matrices: tuple[MatrixStats, ...]
     tensor_bits_per_weight: Mapping[str, float]  # by GGUF tensor, for each in `matrices`
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices that are summed up together: the experts of one tensor, or a projection in all layers."""
-
-    matrices: tuple[MatrixStats, ...]
-
-    @property
-    def layer(self) -> int:
-        """Of the first matrix: all of a tensor's are the same."""
-        return self.matrices[0].layer
-
-    @property
-    def projection(self) -> str:
-        """gate, up or down."""
-        return self.matrices[0].projection
-
-    @property
-    def tensor(self) -> str:
-        """The GGUF tensor."""
-        return self.matrices[0].tensor
-
-    @property
-    def weights(self) -> int:
-        """Of all matrices."""
-        return sum(matrix.weights for matrix in self.matrices)
-
-    @property
-    def error(self) -> float:
-        """Mean of |W - Ŵ|² / |W|²."""
-        return self._mean([matrix.error for matrix in self.matrices])
-
-    @property
-    def metric_error(self) -> float:
-        """Mean error in the calibration metric."""
-        return self._mean([matrix.metric_error for matrix in self.matrices])
-
-    @property
-    def plain_metric_error(self) -> float:
-        """The plain encoder's mean error in the calibration metric."""
-        return self._mean([matrix.plain_metric_error for matrix in self.matrices])
-
-    @property
-    def ratio(self) -> float | None:
-        """`metric_error` over `plain_metric_error`; None where the plain encoder makes no error."""
-        return self.metric_error / self.plain_metric_error if self.plain_metric_error else None
-
-    @property
-    def tokens_least(self) -> int:
-        """Tokens of the expert that saw the fewest."""
-        return min(matrix.tokens for matrix in self.matrices)
-
-    @property
-    def tokens_median(self) -> float:
-        """Median over the matrices."""
-        return median(matrix.tokens for matrix in self.matrices)
-
-    @property
-    def unseen(self) -> int:
-        """Matrices of experts that saw no token."""
-        return sum(1 for matrix in self.matrices if matrix.tokens == 0)
-
-    @property
-    def worse(self) -> int:
-        """Matrices with a larger error in the calibration metric than the plain encoder's."""
-        return sum(1 for matrix in self.matrices if matrix.metric_error > matrix.plain_metric_error)
-
-    @property
-    def scales(self) -> list[int]:
-        """Groups with scale 0 … 15."""
-        return [sum(counts) for counts in zip(*(matrix.scales for matrix in self.matrices), strict=True)]
-
-    def _mean(self, values: Sequence[float]) -> float:
-        weighted = zip(self.matrices, values, strict=True)
-        return sum(matrix.weights * value for matrix, value in weighted) / self.weights
-
-
-def by_tensor(matrices: Sequence[MatrixStats]) -> list[Group]:
-    """One group per tensor, in order of layer and projection, experts in order."""
-    tensors: dict[tuple[int, int], list[MatrixStats]] = {}
-    for matrix in sorted(matrices, key=lambda matrix: matrix.expert):
-        tensors.setdefault((matrix.layer, PROJECTIONS.index(matrix.projection)), []).append(matrix)
-    return [Group(tuple(experts)) for _, experts in sorted(tensors.items(), key=lambda item: item[0])]
-
-
-def by_projection(matrices: Sequence[MatrixStats]) -> list[Group]:
-    """One group per projection that there is."""
-    groups = (tuple(m for m in matrices if m.projection == projection) for projection in PROJECTIONS)
-    return [Group(group) for group in groups if group]
 
 
 def _number(value: float | None) -> float | None:
