@@ -1,5 +1,5 @@
-// The inner loops of the calibrated encoder, for CPUs. kernels.py states what they compute and has the slow path that
-// they are tested against.
+// The inner loops of the encoders, for CPUs. encode.py and quantize/kernels.py state what they compute and have the slow
+// paths that they are tested against.
 //
 // Matrices are stored by columns: column i of all rows lies at i*stride, so that a vector register holds the same column
 // of LANES rows. The rows of one register share a code map. GCC and clang turn the vector type into whatever the machine
@@ -13,7 +13,7 @@
 #define LANES    16
 #define STEPS    5 // scales tried around the estimate: -2 ... 2
 #define BOOK_RMS 16.5f
-#define ENTRY    5 // floats of a table entry: the codeword in the metric (4), half its square
+#define ENTRY    5 // floats of a table entry: the codeword in the metric (4), minus half its square
 
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
@@ -68,10 +68,12 @@ static inline void decode(vint code, code_map map, vfloat v[4]) {
     }
 }
 
-// The byte whose table entry e has the greatest y·e - e[4], for each of `count` targets y; of equals the lowest.
-static inline __attribute__((always_inline)) void
-nearest(const float * __restrict table, int count, const vfloat (*__restrict y)[4], vint * __restrict best) {
-    vfloat top[STEPS];
+// The byte whose table entry e has the greatest score y·e + e[4], for each of `count` targets y; of equals the lowest.
+static inline __attribute__((always_inline)) void nearest(const float * __restrict table,
+                                                          int count,
+                                                          const vfloat (*__restrict y)[4],
+                                                          vint * __restrict best,
+                                                          vfloat * __restrict top) {
     for (int s = 0; s < count; s++) {
         top[s] = splat(-INFINITY);
         best[s] = (vint) { 0 };
@@ -80,10 +82,29 @@ nearest(const float * __restrict table, int count, const vfloat (*__restrict y)[
         const float * e = table + ENTRY * code;
         const vint here = code - (vint) { 0 };
         for (int s = 0; s < count; s++) {
-            const vfloat score = y[s][0] * e[0] + (y[s][1] * e[1] + (y[s][2] * e[2] + (y[s][3] * e[3] - e[4])));
+            const vfloat score = y[s][0] * e[0] + (y[s][1] * e[1] + (y[s][2] * e[2] + (y[s][3] * e[3] + e[4])));
             const vint better = score > top[s];
             top[s] = better ? score : top[s];
             best[s] = better ? here : best[s];
+        }
+    }
+}
+
+// The nearest codeword of `n` targets [n][4]: its byte and its score. See encode.nearest.
+extern "C" void ccq_nearest(int64_t n, const float * targets, const float * table, uint8_t * codes, float * scores) {
+    for (int64_t i = 0; i < n; i += STEPS * LANES) {
+        vfloat y[STEPS][4] = {}, top[STEPS];
+        vint best[STEPS];
+        const int64_t count = n - i < STEPS * LANES ? n - i : STEPS * LANES;
+        for (int64_t k = 0; k < count; k++) {
+            for (int j = 0; j < 4; j++) {
+                y[k / LANES][j][k % LANES] = targets[4 * (i + k) + j];
+            }
+        }
+        nearest(table, STEPS, y, best, top);
+        for (int64_t k = 0; k < count; k++) {
+            codes[i + k] = (uint8_t) best[k / LANES][k % LANES];
+            scores[i + k] = top[k / LANES][k % LANES];
         }
     }
 }
@@ -136,7 +157,8 @@ static void feedback_lanes(int64_t stride,
             }
         }
         vint best[STEPS];
-        nearest(table + 256 * ENTRY * q, STEPS, y, best);
+        vfloat top[STEPS];
+        nearest(table + 256 * ENTRY * q, STEPS, y, best, top);
         for (int s = 0; s < STEPS; s++) {
             vfloat v[4], rest[4], seen[4];
             code[s][q] = best[s];
@@ -270,6 +292,7 @@ static void descend_lanes(int blocks,
     for (int q = 0; q < QUADS; q++) {
         vfloat y[STEPS][4];
         vint best[STEPS];
+        vfloat top[STEPS];
         for (int b = 0; b < BLOCKS; b++) {
             const descent * lanes = &x[b < blocks ? b : 0];
             vfloat rest[4], back[4];
@@ -289,7 +312,7 @@ static void descend_lanes(int blocks,
                 y[b][j] *= unit;
             }
         }
-        nearest(table + 256 * ENTRY * q, BLOCKS, y, best);
+        nearest(table + 256 * ENTRY * q, BLOCKS, y, best, top);
         for (int b = 0; b < blocks; b++) {
             vfloat v[4];
             const vfloat step = x[b].d * x[b].scale;

@@ -1,24 +1,26 @@
-"""The code maps that the encoder chooses from, one per row.
+"""The code maps that the encoders choose from, one per row.
 
-`scripts/find_pool.py` found them and says how; the first is the best affine map for Gaussian weights.
+The first is the affine map that a prototype's search found best for Gaussian weights; `scripts/find_pool.py` found the
+others and prints them again. Fewer than all are the first ones: the order is that of what each adds. On Gaussian rows
+of 512 the best of 16 has a relative error of .1026, the first alone .1088.
 """
 
 # (M, Z): byte b stands for the 15-bit code (b*M + Z) mod 2^32 >> 17
 POOL: tuple[tuple[int, int], ...] = (
     (15853988, 162772864),
-    (1608624434, 3210067701),
-    (15849322, 181062540),
-    (15851647, 70016591),
-    (15853815, 145087871),
-    (15853156, 228442331),
-    (15849852, 98371324),
-    (15855944, 85352792),
-    (15846784, 131802582),
-    (15729776, 137203147),
-    (15847160, 163161670),
-    (15855666, 195916783),
-    (15849909, 224332150),
-    (15856880, 96665806),
-    (15857181, 207788249),
-    (15856933, 227948788),
+    (15854200, 104768176),
+    (15854556, 145604437),
+    (15851775, 156617283),
+    (15855805, 86642051),
+    (15853722, 139349495),
+    (15856215, 95456369),
+    (15854098, 151161730),
+    (15852762, 113384479),
+    (15855678, 163626508),
+    (15852496, 138301591),
+    (15722959, 104104122),
+    (15855576, 124804606),
+    (15850735, 90165521),
+    (15852621, 215650152),
+    (15849299, 146561678),
 )

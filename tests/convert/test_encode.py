@@ -1,12 +1,15 @@
 """The reference encoder: how good, how deterministic, and what it does at the edges."""
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_gguf import encode
+from ernie_gguf import encode, search
 from ernie_gguf.ccq2 import codebook, dequantize_rows, unpack_rows
-from ernie_gguf.encode import encode_rows, nearest_codes
+from ernie_gguf.encode import BOOKS, encode_rows, nearest, nearest_in_numpy, on_grid
 from ernie_gguf.errors import Ccq2Error, EncodeError
+from ernie_gguf.pool import POOL
 
 F32 = npt.NDArray[np.float32]
 
@@ -22,7 +25,7 @@ def relative_error(w: F32, got: F32) -> float:
 def test_error_on_gaussian_weights() -> None:
     w = gaussian(64, 2048)
     error = relative_error(w, dequantize_rows(encode_rows(w), 2048))
-    assert 0.105 < error < 0.115  # .109 by the codebook alone, +.003 by the half shrink fix
+    assert 0.100 < error < 0.111  # .109 by one codebook, .105 by the best of 16, +.003 by the half shrink fix
 
 
 def test_half_of_the_shrinkage_remains() -> None:
@@ -33,17 +36,60 @@ def test_half_of_the_shrinkage_remains() -> None:
 
 
 def test_nearest_is_the_nearest() -> None:
-    y = gaussian(500, 4, seed=3).astype(np.float64) * 16.5
-    y = np.rint(y * 256) / 256  # what the search sees
-    book = codebook(encode.M, encode.Z).astype(np.float64)
-    distances = ((y[:, None, :] - book[None]) ** 2).sum(2)
-    chosen = distances[np.arange(500), nearest_codes(y)]
-    assert np.array_equal(chosen, distances.min(1))
+    targets = on_grid(gaussian(500, 4, seed=3).astype(np.float64) * 16.5)
+    y = targets.astype(np.float64) / 256  # what the search sees
+    for each in BOOKS:
+        distances = ((y[:, None, :] - codebook(each.m, each.z).astype(np.float64)[None]) ** 2).sum(2)
+        codes, scores = nearest(targets, each)
+        assert np.array_equal(distances[np.arange(500), codes], distances.min(1))
+        assert np.array_equal((y**2).sum(1) - 2 * scores / 256, distances.min(1))
 
 
 def test_every_codeword_is_its_own_nearest() -> None:
-    book = codebook(encode.M, encode.Z).astype(np.float64)
-    assert nearest_codes(book).tolist() == list(range(256))
+    for each in BOOKS:
+        words = each.words.astype(np.float64)
+        codes, _ = nearest(on_grid(words), each)
+        assert np.array_equal(words[codes], words)  # of equal codewords the first
+
+
+def test_the_compiled_search_gives_the_same() -> None:
+    if not search.LIBRARY.exists():
+        assert "LLAMA_CPP_BIN" not in os.environ, "make test builds it"
+        pytest.skip("the compiled search is not built: make search")
+    rng = np.random.default_rng(4)
+    for n in (1, 15, 16, 79, 80, 81, 1000):
+        targets = on_grid(rng.standard_normal((n, 4)) * 40)
+        for book in BOOKS[:3]:
+            compiled, reference = search.nearest(targets, book.table), nearest_in_numpy(targets, book)
+            assert compiled is not None
+            assert np.array_equal(compiled[0], reference[0])
+            assert np.array_equal(compiled[1], reference[1])
+
+
+def test_bytes_are_the_same_without_the_compiled_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = gaussian(40, 512, seed=6)
+    whole = encode_rows(w)
+    monkeypatch.setattr(search, "_LIBRARY", None)
+    assert np.array_equal(whole, encode_rows(w))
+
+
+def test_rows_take_the_map_that_suits_them() -> None:
+    """What the choice by estimated scales costs against trying every map in full: next to nothing."""
+    w = gaussian(48, 512, seed=7)
+    rows = unpack_rows(encode_rows(w), 512)
+    assert len(set(zip(rows.m.tolist(), rows.z.tolist(), strict=True))) > 8
+    chosen = relative_error(w, dequantize_rows(encode_rows(w), 512))
+    alone = []
+    with pytest.MonkeyPatch.context() as patch:
+        for book, maps in zip(BOOKS, POOL, strict=True):
+            patch.setattr(encode, "BOOKS", (book,))
+            patch.setattr(encode, "POOL", (maps,))
+            got = dequantize_rows(encode_rows(w), 512)
+            alone.append(((got - w) ** 2).sum(1))
+    best = float(np.stack(alone).min(0).sum() / (w**2).sum())
+    assert best <= chosen * (1 + 1e-6)
+    assert chosen < best * 1.01
+    assert chosen < 0.98 * float(alone[0].sum() / (w**2).sum())
 
 
 def test_scale_invariance() -> None:
@@ -61,15 +107,9 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_the_blocking(monkeypatch: 
     assert np.array_equal(whole, encode_rows(w))
 
 
-def test_one_fixed_map_for_all_rows() -> None:
-    rows = unpack_rows(encode_rows(gaussian(4, 256)), 256)
-    assert set(rows.m.tolist()) == {15853988}
-    assert set(rows.z.tolist()) == {162772864}
-
-
 def test_group_scales_of_gaussian_rows_land_high() -> None:
     scales = unpack_rows(encode_rows(gaussian(64, 2048)), 2048).scales
-    assert scales.min() >= 8
+    assert scales.min() >= 6
     assert scales.max() <= 15
 
 

@@ -1,8 +1,9 @@
 """The calibrated encoder: matrices and the second moments of their inputs -> ccq2 rows.
 
-Top to bottom: `encode` fixes a super scale per row, encodes the columns one after another and feeds each error into the
-columns to come (`_feed_back`), once per code map of the pool, then revisits every code with the full quadratic form
-(`_descend`), the super scales refitted in between. Rows lie side by side in the last dimension: arrays are [B, columns, N].
+Top to bottom: `Pipeline.encode` fixes a super scale per row, encodes the columns one after another and feeds each error
+into the columns to come (`_feed_back`), once per code map of the pool, then revisits every code with the full quadratic
+form (`_descend`), the super scales refitted in between. Rows lie side by side in the last dimension: arrays are
+[B, columns, N].
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,6 @@ A (4x4): the greatest (yA)·(cA) - |cA|²/2, of equals the lowest.
 
 import ctypes
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch
 
 from ..ccq2 import GROUP, codebook
 from ..encode import BOOK_RMS, SCALE_STEPS
+from ..search import LIBRARY, load
 from .metric import QUAD, GroupMetric
 
 LANES = 16
 QUADS = GROUP // QUAD  # code bytes of a group
 LARGEST_SCALE = 15
-
-LIBRARY = Path(__file__).parent / "lib" / "libccq_search.so"  # a link made by `make build`
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,9 @@ def make_books(pool: tuple[tuple[int, int], ...], device: str = "cpu") -> Books:
 
 
 def make_tables(books: Books, metric: torch.Tensor) -> torch.Tensor:
-    """Codewords in a group's metrics, metric [B, 16, 4, 4] -> [B, P, 16, 256, 5]: cA and |cA|²/2."""
+    """Codewords in a group's metrics, metric [B, 16, 4, 4] -> [B, P, 16, 256, 5]: cA and -|cA|²/2."""
     seen = torch.einsum("pcj,bqji->bpqci", books.words, metric)
-    return torch.cat([seen, (seen * seen).sum(-1, keepdim=True) / 2], -1).contiguous()
+    return torch.cat([seen, seen.square().sum(-1, keepdim=True) / -2], -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,10 @@ def _nearest(
     """Targets in the metric y [B, S, 4, N], tables [B, P, 256, 5] -> bytes [B, S, N] and codewords [B, S, 4, N]."""
     b, s, _, n = y.shape
     blocks = n // LANES
-    lanes = y.reshape(b, s, QUAD, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(b * blocks, s * LANES, QUAD)
+    lanes = torch.nn.functional.pad(y, (0, 0, 0, 1), value=1)  # [B, S, 5, N]: times a table's entry it is a score
+    lanes = lanes.reshape(b, s, QUAD + 1, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(b * blocks, s * LANES, QUAD + 1)
     table = tables.gather(1, member.long()[:, :, None, None].expand(-1, -1, *tables.shape[2:])).flatten(0, 1)
-    scores = torch.baddbmm(table[:, None, :, QUAD], lanes, table[:, :, :QUAD].mT, beta=-1)  # [B*blocks, S*16, 256]
+    scores = lanes @ table.mT  # [B*blocks, S*16, 256]
     best = scores.argmax(2).reshape(b, blocks, s, LANES).permute(0, 2, 1, 3).reshape(b, s, n)
     words = books.words[member.long().repeat_interleave(LANES, 1)[:, None], best]  # [B, S, N, 4]
     return best.to(torch.uint8), words.movedim(3, 2)
@@ -163,12 +162,12 @@ def _nearest(
 class CompiledKernels:
     """The same by ccq_search.cpp, on the CPU: 30 times as fast there."""
 
-    def __init__(self, path: Path = LIBRARY) -> None:
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self) -> None:
+        self._library = load()
 
     @staticmethod
     def available() -> bool:
-        """Whether `make build` has compiled it."""
+        """Whether `make` has compiled it."""
         return LIBRARY.exists()
 
     def feedback_group(
