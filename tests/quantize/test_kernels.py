@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the encoder needs it")
 
 import torch
-from ernie_gguf.pool import POOL
 from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, make_books
 from ernie_gguf.quantize.metric import GroupMetric, Metric, make_metric, plain_metric
 
@@ -28,7 +27,7 @@ from quantize.problems import (
     words_of,
 )
 
-# Codewords of POOL[0]: b*M + Z, its upper 15 bits, windows of 6 bits, minus 32.
+# Codewords of the first map: b*M + Z, its upper 15 bits, windows of 6 bits, minus 32.
 WORDS = {0: [-30, -13, -5, -7], 255: [30, 21, 10, -11], 128: [0, -27, 10, -12], 183: [13, 13, 10, -16]}
 CLOSE = 1e-6  # of the costliest byte: what rounding to float32 may hide
 
@@ -120,7 +119,7 @@ def row_by_hand(codes: list[int], step: float) -> torch.Tensor:
 
 
 def pose_by_hand(row: torch.Tensor, d: float) -> Problem:
-    problem = pose(row.expand(1, 16, 64), torch.zeros(1, 64, 64), POOL[:1])
+    problem = pose(row.expand(1, 16, 64), torch.zeros(1, 64, 64), THREE_MAPS[:1])
     problem.d.fill_(d)
     return problem
 
@@ -133,7 +132,7 @@ BYTES = [0, 255, 128, 183]
 
 
 def test_codewords_by_hand() -> None:
-    words = make_books(POOL).words[0]
+    words = make_books(THREE_MAPS).words[0]
     assert {code: words[code].tolist() for code in WORDS} == WORDS
 
 
