@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Command, Done
+from ernie_gguf import cli
 from ernie_gguf.convert import prepare, run
 from ernie_gguf.outtype import Outtype
 
@@ -39,3 +44,20 @@ def tiny_bf16_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_ccq2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _convert(Outtype.CCQ2, tmp_path_factory.mktemp("ccq2"))
+
+
+@pytest.fixture
+def ernie_gguf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Run the entry point in this process, and put back the signal handlers that it installs."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*args: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["ernie-gguf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capfd.readouterr()
+        return Done(stop.value.code, captured.out, captured.err)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

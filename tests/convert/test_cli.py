@@ -8,15 +8,15 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import ANY
 
 import pytest
 from checkpoints import EXAMPLE, Spec, make
-from ernie_gguf import cli, convert, execute
+from command_line import Command, snapshot
+from ernie_gguf import convert, execute
 from ernie_gguf.checkpoint import ShardReader
 from ernie_gguf.execute import Piece
 from ernie_gguf.gguf_io import read_gguf
@@ -28,39 +28,9 @@ SPEC = Spec(layers=2, experts=2, shards=2)
 SECOND = "model-00002-of-00002.safetensors"
 
 
-class Done(NamedTuple):
-    code: int | str | None
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def ernie_gguf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Run the entry point in this process, and put back the signal handlers that it installs."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*args: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["ernie-gguf", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return Done(stop.value.code, captured.out, captured.err)
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return make(tmp_path / "source", SPEC)
-
-
-def snapshot(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_convert_prints_a_summary(ernie_gguf: Command, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ernie_gguf.quantize.report import (
     summary_table,
     write_report,
 )
-from ernie_gguf.quantize.stats import MatrixStats
+from ernie_gguf.quantize.stats import MatrixStats, by_tensor
 from rich.console import Console
 
 FILES = ["error-by-expert.png", "error-by-layer.png", "expert-load.png", "report.json", "report.md", "scales.png"]
@@ -249,7 +249,7 @@ def test_pictures(tmp_path: Path, summary: QuantizeSummary, sizes: list[tuple[in
 )
 def test_pictures_of_odd_runs(matrices: tuple[MatrixStats, ...]) -> None:
     pytest.importorskip("matplotlib", reason="the pictures need the extra quantize")
-    tensors = report.by_tensor(matrices)
+    tensors = by_tensor(matrices)
     assert [png_size(picture.draw(tensors))[0] for picture in PICTURES] == [1080] * 4
 
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ErnieGgufError, OutputError
+from ..errors import ErnieGgufError
 from ..outtype import FloatType, Outtype
 
 if TYPE_CHECKING:
     from ..convert import Job
     from ..plan import TensorPlan
-    from .needs import Needs
     from .report import QuantizeSummary
     from .run import Result
     from .settings import Settings
     from .text import Calibration
 
-_FEW_TOKENS = 5000  # per expert; from some 20,000 on more text gains little
+
+class Device(str, Enum):
+    """Where torch computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 class ExtraError(ErnieGgufError):
@@ -50,8 +56,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         int, typer.Option(min=1, max=16, help="Code maps tried on every row: 1 is 4 times as fast, 16 a little better.")
     ] = 16,
     device: Annotated[
-        str | None,
-        typer.Option(help="cpu, or cuda for a GPU (default: a GPU if torch sees one).", show_default=False),
+        Device | None, typer.Option(help="Default: cuda if torch sees an NVIDIA GPU, else cpu.", show_default=False)
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Experts worked on at once on a CPU.")] = (
         os.cpu_count() or 1
@@ -65,17 +70,20 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Take the language model of a vision-language (VL) checkpoint.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take and write nothing.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again, even if an interrupted run could be taken up.")
+        bool, typer.Option("--restart", help="Begin again where else an interrupted run would be taken up.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
 ) -> None:
-    """Quantize the experts of a checkpoint to ccq2 (2 bits), calibrated on TEXT; all other matrices to q8_0."""
+    """Quantize the experts of a checkpoint to ccq2 (2 bits), calibrated on TEXT; all other matrices to q8_0.
+
+    An interrupted run leaves OUTFILE.partial; the same command goes on from there.
+    """
     from ..convert import output_path, prepare  # noqa: PLC0415 - as all commands, see cli
     from ..execute import check_output  # noqa: PLC0415
-    from ..report import human, show  # noqa: PLC0415
+    from ..report import show  # noqa: PLC0415
     from ..types import GgmlType  # noqa: PLC0415
 
     chosen = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
@@ -83,6 +91,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     job = prepare(source, Outtype.CCQ2, text_only, types)
     settings = _settings(device, threads, maps)
     from .needs import needs  # noqa: PLC0415
+    from .preview import Preview  # noqa: PLC0415
     from .progress import display  # noqa: PLC0415
     from .report import check_report_folder, summary_json, summary_table, write_report  # noqa: PLC0415
     from .run import check_source  # noqa: PLC0415
@@ -95,60 +104,53 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     if report is not None:
         check_report_folder(report, overwrite)
     text = calibration_chunks(calibration, source, job.config, min(ctx_size, job.config.context), max_tokens)
-    required = needs(job.config, text.chunks.size, job.plan.nbytes, settings)
-    _say(_plan_text(job, text, required, settings, human))
+    preview = Preview(job, path, text, settings, needs(job.config, text.chunks.size, job.plan.nbytes, settings))
     if dry_run:
+        show(preview.json() if as_json else preview.lines())
         return
-    _check_disk(path, required, human)
-    with display(job) as listen:
+    _say(*preview.lines())
+    preview.check_disk()
+    with display(job) as listen, _told_what_is_kept(path, job.config.layers):
         result = run(job, text, settings, path, overwrite=overwrite, restart=restart, listen=listen)
     summary = _summary(job, text, settings, result)
-    if report is not None:
-        write_report(report, summary)
-    show(summary_json(summary) if as_json else summary_table(summary))
+    try:
+        if report is not None:
+            write_report(report, summary)
+    finally:
+        show(summary_json(summary) if as_json else summary_table(summary))
 
 
-def _settings(device: str | None, threads: int, maps: int) -> Settings:
+@contextmanager
+def _told_what_is_kept(outfile: Path, layers: int) -> Iterator[None]:
+    """If the block fails, say on stderr what an interrupted run has left, and how to go on."""
+    from .workspace import WorkspaceError, layers_done, partial_path  # noqa: PLC0415
+
+    try:
+        yield
+    except WorkspaceError:
+        raise  # the folder is not of this run, or is damaged
+    except BaseException:
+        if done := layers_done(partial := partial_path(outfile)):
+            _say(f"note: {done} of {layers} layers are done and kept in {partial}; the same command goes on from there")
+        raise
+
+
+def _settings(device: Device | None, threads: int, maps: int) -> Settings:
     try:
         import torch  # noqa: PLC0415
     except ImportError as exc:
         raise ExtraError("quantize needs torch: pip install 'ernie-gguf[quantize]' (see README.md)") from exc
     from .settings import Settings  # noqa: PLC0415
 
-    if device not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
+    if device is Device.CUDA and not gpu:
         raise ExtraError("--device cuda: this torch sees no GPU; install a torch with CUDA, or give --device cpu")
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # ten bits would drown the errors that are to be made small
-    settings = Settings(device or ("cuda" if gpu else "cpu"), threads, maps)
+    settings = Settings((device or (Device.CUDA if gpu else Device.CPU)).value, threads, maps)
     if settings.device == "cpu" and not settings.compiled:
-        _say("note: the compiled search is not there, torch takes its place and is 30 times as slow: run make build")
+        _say("note: the compiled search is not there, torch takes its place and is 30 times as slow: run make search")
     return settings
-
-
-def _plan_text(job: Job, text: Calibration, required: Needs, settings: Settings, human: Callable[[float], str]) -> str:
-    moe = job.config.moe
-    experts = moe.experts if moe else 0
-    per_expert = text.chunks.size * (moe.used if moe else 0) // max(1, experts)
-    few = "" if per_expert >= _FEW_TOKENS else "\nnote: that is little; some 20,000 per expert are a good measure"
-    gpu = f", {human(required.device)} on the GPU" if required.device else ""
-    return (
-        f"{job.config.layers} layers, {experts} experts; {text.chunks.size:,} of {text.tokens:,} tokens of text, about "
-        f"{per_expert:,} per expert{few}\n"
-        f"needs about {human(required.memory)} of memory{gpu} and {human(required.disk)} on the disk "
-        f"(the file: {human(job.plan.nbytes)}); device {settings.device}, {settings.threads} threads"
-    )
-
-
-def _check_disk(path: Path, required: Needs, human: Callable[[float], str]) -> None:
-    from ..gguf_io import free_bytes  # noqa: PLC0415
-
-    partial = path.with_name(path.name + ".partial")
-    taken = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
-    if required.disk > (free := free_bytes(path.parent)) + taken:
-        raise OutputError(f"{path}: needs {human(required.disk)}, the disk has {human(free)} free; nothing was written")
 
 
 def _summary(job: Job, text: Calibration, settings: Settings, result: Result) -> QuantizeSummary:
@@ -178,5 +180,5 @@ def _summary(job: Job, text: Calibration, settings: Settings, result: Result) ->
     )
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+def _say(*lines: str) -> None:
+    sys.stderr.write("".join(f"{line}\n" for line in lines))

@@ -4,13 +4,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..convert import Job
 from .run import Listener, Step, is_expert
-from .stats import MatrixStats
 
 
 class Tally:
@@ -19,22 +19,17 @@ class Tally:
     def __init__(self, total: int, layers: int) -> None:
         self.total = total
         self.layers = layers
-        self.done = 0
+        self.done = 0  # weights
         self._fresh = 0  # done by this process: an earlier one's time is not known here
         self._begun = time.monotonic()
-        self._weights, self._error, self._plain = 0, 0.0, 0.0
+        self._error, self._plain = 0.0, 0.0
 
     def add(self, step: Step) -> None:
-        """Take in a finished expert."""
-        weights = sum(stats.weights for stats in step.stats)
-        self.done += weights
-        if not step.resumed:
-            self._fresh += weights
-        self._count(step.stats)
-
-    def _count(self, matrices: tuple[MatrixStats, ...]) -> None:
-        for stats in matrices:
-            self._weights += stats.weights
+        """Take in what is finished."""
+        for stats in step.stats:
+            self.done += stats.weights
+            if step.expert is not None:
+                self._fresh += stats.weights
             self._error += stats.weights * stats.metric_error
             self._plain += stats.weights * stats.plain_metric_error
 
@@ -42,13 +37,11 @@ class Tally:
         """Rate, time left, errors."""
         seconds = max(time.monotonic() - self._begun, 1e-3)
         rate = self._fresh / seconds
-        left = (self.total - self.done) / rate if rate else 0.0
-        minutes, second = divmod(round(left), 60)
-        hours, minute = divmod(minutes, 60)
-        weights = max(1, self._weights)
+        left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+        done = max(1, self.done)
         return (
-            f"{rate / 1e6:.2f} M weights/s, {hours}:{minute:02d}:{second:02d} left, "
-            f"error {self._error / weights:.4f} (plain {self._plain / weights:.4f})"
+            f"{rate / 1e6:.2f} M weights/s, {left} left, "
+            f"error {self._error / done:.4f} (plain {self._plain / done:.4f})"
         )
 
 
@@ -65,20 +58,28 @@ def display(job: Job) -> Iterator[Listener]:
 
         def listen(step: Step) -> None:
             tally.add(step)
-            where = f"layer {step.layer} of {tally.layers}, expert {step.expert}"
+            if step.expert is None:
+                bar.console.print(_taken_up(step, tally.layers))
+            where = f"{_place(step, tally.layers)}, expert {step.expert}" if step.expert is not None else "going on"
             bar.update(task, description=where, completed=tally.done, text=tally.text())
 
         yield listen
 
 
-def _lines(tally: Tally, experts: int) -> Listener:
-    seen: dict[int, int] = {}  # matrices by layer
+def _place(step: Step, layers: int) -> str:
+    return f"layer {step.layer}/{layers - 1}"  # they count from 0, as in the names of tensors
 
+
+def _taken_up(step: Step, layers: int) -> str:
+    return f"going on where an interrupted run stopped, after {_place(step, layers)}"
+
+
+def _lines(tally: Tally, experts: int) -> Listener:
     def listen(step: Step) -> None:
         tally.add(step)
-        seen[step.layer] = seen.get(step.layer, 0) + len(step.stats)
-        if seen[step.layer] == 3 * experts:  # gate, up and down of each
-            how = "done before" if step.resumed else tally.text()
-            sys.stderr.write(f"layer {step.layer} of {tally.layers}: {how}\n")
+        if step.expert is None:
+            sys.stderr.write(f"{_taken_up(step, tally.layers)}\n")
+        elif step.expert == experts - 1:  # they come in order
+            sys.stderr.write(f"{_place(step, tally.layers)}: {tally.text()}\n")
 
     return listen

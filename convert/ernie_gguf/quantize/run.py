@@ -5,12 +5,11 @@ next layer gets has gone through encoded experts, so that it can make up for wha
 """
 
 import hashlib
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 
 from ..checkpoint import ShardReader
-from ..convert import Job, header
-from ..errors import ErnieGgufError
+from ..config import MoeConfig
+from ..convert import Job, header, model_name
+from ..errors import ErnieGgufError, OutputError
 from ..execute import check_output, data_nbytes, pwrite, write_tensors
 from ..gguf_io import padded
 from ..packing import COLUMNS, FIRST_ROW, ROWS
@@ -27,15 +27,17 @@ from ..plan import Plan, TensorPlan
 from ..pool import POOL
 from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
-from .kernels import CompiledKernels, Kernels, TorchKernels, make_books
+from .kernels import kernels_for, make_books
 from .model import Layer, Weights, embed
 from .needs import experts_at_once
 from .settings import Settings
 from .stats import MatrixStats
 from .text import Calibration
-from .workspace import Workspace
+from .workers import Workers
+from .workspace import Workspace, partial_path
 
-_SEQUENCE_TOKENS = 8192  # tokens that go through attention at once
+_EMBED_TOKENS = 8192  # at once
+_SEQUENCE_TOKENS = {"cpu": 1024, "cuda": 8192}  # tokens that a worker carries through attention at once
 
 
 class QuantizeError(ErnieGgufError):
@@ -44,12 +46,11 @@ class QuantizeError(ErnieGgufError):
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: matrices of an expert of `layer` are done; with `resumed` they were in an earlier run."""
+    """Progress: an expert of `layer` is done; without an expert, the layers up to there were, by an interrupted run."""
 
     layer: int
-    expert: int
+    expert: int | None
     stats: tuple[MatrixStats, ...]
-    resumed: bool = False
 
 
 Listener = Callable[[Step], None]
@@ -57,7 +58,7 @@ Listener = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run; `seconds` are those of this process."""
+    """A finished run; `seconds` are with those of the interrupted runs that it took up."""
 
     path: Path
     nbytes: int
@@ -81,100 +82,104 @@ def check_source(job: Job) -> None:
 
 
 def _fingerprint(job: Job, chunks: np.ndarray[Any, Any], settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped."""
-    shards = sorted({path for tensor in job.plan.tensors for part in tensor.parts for path in part.source.paths})
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    tensors = [(tensor.name, tensor.shape, tensor.kind.name) for tensor in job.plan.tensors]
+    """What must be the same for a run to go on where another stopped.
+
+    Device and threads may differ: that changes nothing, or roundings.
+    """
+    paths = {path for tensor in job.plan.tensors for part in tensor.parts for path in part.source.paths}
+    paths |= {path for path in job.source.iterdir() if path.suffix in (".json", ".model")}
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    kinds = [(tensor.name, tensor.shape, tensor.kind.name) for tensor in job.plan.tensors]
 
     def digest(value: object) -> str:
         return hashlib.sha256(repr(value).encode()).hexdigest()
 
     return {
-        "checkpoint": digest((stats, tensors, job.config)),
-        "calibration text": hashlib.sha256(chunks.tobytes()).hexdigest(),
+        "checkpoint": digest((model_name(job.source), files)),
+        "tensor types": digest(kinds),
+        "calibration text": digest((chunks.shape, hashlib.sha256(chunks.tobytes()).hexdigest())),
         "settings": {"maps": settings.maps, "passes": settings.passes, "damping": settings.damping},
     }
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Some sequences before a layer's experts: out [T, hidden] lacks their results.
+
+    `routed` is None in a dense layer, else what the experts get: h [T, hidden], experts and weights [T, used].
+    """
+
+    out: torch.Tensor
+    routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
+def _attend(layer: Layer, x: torch.Tensor) -> _Attended:
+    """A decoder layer without its experts, x [S, L, hidden]."""
+    attended = layer.attend(x).flatten(0, 1)
+    h = layer.ffn_norm(attended)
+    if layer.moe is None:
+        return _Attended(attended + layer.mlp(h))
+    return _Attended(attended + layer.shared(h), (h, *layer.route(h)))
 
 
 class _Run:
     """One run: the open files and what they are used with."""
 
-    def __init__(self, job: Job, settings: Settings, reader: ShardReader, work: Workspace, listen: Listener) -> None:
+    def __init__(self, job: Job, settings: Settings, reader: ShardReader, work: Workspace, workers: Workers) -> None:
         self.job = job
         self.settings = settings
         self.weights = Weights(job.plan, reader, settings.device)
         self.work = work
-        self.listen = listen
+        self.workers = workers
         books = make_books(POOL[: settings.maps], settings.device)
-        kernels: Kernels = CompiledKernels() if settings.compiled else TorchKernels()
-        self.pipeline = Pipeline(books, kernels, settings.passes, settings.damping)
+        kernels = kernels_for(settings.device)
+        self.pipeline = Pipeline(books, workers.stoppable(kernels), settings.passes, settings.damping)
 
     def layer(self, number: int, x: torch.Tensor, out: torch.Tensor) -> Iterator[EncodedExpert]:
         """Carry the activations x [S, L, hidden] through a layer into `out`; gives each expert as it is encoded."""
         layer = Layer(self.weights, self.job.config, number)
-        step = max(1, _SEQUENCE_TOKENS // x.shape[1])
-        hidden = x.shape[2]
-        h = torch.empty(0)
-        if layer.moe is not None:
-            h = self.work.mapped("scratch.f32", (x.shape[0] * x.shape[1], hidden), new=True)
-        experts, shares = [], []
-        for s in range(0, len(x), step):
-            attended = layer.attend(x[s : s + step].to(self.settings.device))
-            normed = layer.ffn_norm(attended)
-            if layer.moe is None:
-                out[s : s + step] = (attended + layer.mlp(normed)).to(out.device)
-                continue
-            out[s : s + step] = (attended + layer.shared(normed)).to(out.device)
-            flat = normed.flatten(0, 1)
-            h[s * x.shape[1] :][: len(flat)] = flat.to(h.device)
-            chosen, share = layer.route(flat)
-            experts.append(chosen)
-            shares.append(share)
-        if layer.moe is None:
-            return
-        inputs = LayerInput(
-            h,
-            torch.cat(experts).to(h.device),
-            torch.cat(shares).to(h.device),
-            self.settings.device,
-        )
-        encoder = ExpertEncoder(self.weights, number, inputs, self.pipeline)
-        flat_out = out.view(-1, hidden)
-        for encoded in self._encoded(encoder, layer.moe.experts, inputs):
-            flat_out[encoded.tokens] += encoded.y.to(flat_out.device)  # an expert sees a token once: no two writes
-            yield encoded
+        flat_out = out.flatten(0, 1)  # [T, hidden], the same memory
+        inputs = None if layer.moe is None else self._inputs(len(flat_out), layer.moe)
+        self._attention(layer, number, x, flat_out, inputs)
+        if layer.moe is not None and inputs is not None:
+            encoder = ExpertEncoder(self.weights, number, inputs, self.pipeline)
+            for encoded in self._encoded(encoder, layer.moe.experts, inputs):
+                # An expert sees a token once: no two writes to the same place.
+                flat_out[encoded.tokens] += encoded.y.to(flat_out.device)
+                yield encoded
+        _check_finite(flat_out, number, "what it gives is")
+
+    def _inputs(self, tokens: int, moe: MoeConfig) -> LayerInput:
+        """Room for what the experts of a layer get."""
+        h = self.work.mapped("scratch.f32", (tokens, self.job.config.hidden), new=True)
+        chosen = torch.empty(tokens, moe.used, dtype=torch.int64)
+        return LayerInput(h, chosen, torch.empty(tokens, moe.used), self.settings.device)
+
+    def _attention(
+        self, layer: Layer, number: int, x: torch.Tensor, out: torch.Tensor, inputs: LayerInput | None
+    ) -> None:
+        """Fill `out` [T, hidden] but for the experts' part, and `inputs`."""
+        device, length = self.settings.device, x.shape[1]
+        step = max(1, _SEQUENCE_TOKENS[device] // length)
+        calls = (partial(_attend, layer, x[s : s + step].to(device)) for s in range(0, len(x), step))
+        at = 0
+        for part in self.workers.in_order(calls):
+            _check_finite(part.out, number, "what its attention gives is")
+            here = slice(at, at := at + len(part.out))
+            out[here] = part.out.to(out.device)
+            if inputs is not None and part.routed is not None:
+                for whole, piece in zip((inputs.h, inputs.experts, inputs.weights), part.routed, strict=True):
+                    whole[here] = piece.to(whole.device)
+        if inputs is not None:
+            _check_finite(inputs.weights, number, "the weights that its router gives to experts are")
 
     def _encoded(self, encoder: ExpertEncoder, count: int, inputs: LayerInput) -> Iterator[EncodedExpert]:
         """All experts in order: on the CPU one per thread, on a GPU as many at once as its memory holds."""
-        config, on_cpu = self.job.config, self.settings.device == "cpu"
-        at_once = 1 if on_cpu else experts_at_once(config, inputs.experts.numel() // count)
-        batches = [range(e, min(e + at_once, count)) for e in range(0, count, at_once)]
-        with _workers(self.settings) as pool:
-            pending: deque[Future[list[EncodedExpert]]] = deque()
-            try:
-                for batch in batches:
-                    pending.append(pool.submit(_without_gradients, encoder.encode, batch))
-                    if len(pending) > (self.settings.threads if on_cpu else 0):
-                        yield from pending.popleft().result()
-                while pending:
-                    yield from pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
-
-
-def _without_gradients(
-    encode: Callable[[Sequence[int]], list[EncodedExpert]], batch: Sequence[int]
-) -> list[EncodedExpert]:
-    with torch.inference_mode():
-        return encode(batch)
-
-
-def _workers(settings: Settings) -> ThreadPoolExecutor:
-    """On the CPU workers whose torch uses one thread each; on a GPU one."""
-    if settings.device == "cpu":
-        return ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
-    return ThreadPoolExecutor(1)
+        on_cpu = self.settings.device == "cpu"
+        at_once = 1 if on_cpu else experts_at_once(self.job.config, inputs.experts.numel() // count)
+        batches = (range(e, min(e + at_once, count)) for e in range(0, count, at_once))
+        for batch in self.workers.in_order(partial(encoder.encode, batch) for batch in batches):
+            yield from batch
 
 
 def _offsets(plan: Plan, data_offset: int) -> dict[str, int]:
@@ -191,24 +196,44 @@ def is_expert(tensor: TensorPlan) -> bool:
 
 
 def _embed(run: _Run, chunks: torch.Tensor, out: torch.Tensor) -> None:
-    step = max(1, _SEQUENCE_TOKENS // chunks.shape[1])
+    step = max(1, _EMBED_TOKENS // chunks.shape[1])
     for s in range(0, len(chunks), step):
         out[s : s + step] = embed(run.weights, chunks[s : s + step]).to(out.device)
 
 
-def _write_expert(fd: int, plan: Plan, offsets: dict[str, int], layer: int, encoded: EncodedExpert) -> None:
+def _write_expert(fd: int, offsets: dict[str, int], layer: int, encoded: EncodedExpert) -> None:
     for projection, rows in encoded.data.items():
         name = f"blk.{layer}.ffn_{projection}_exps.weight"
         pwrite(fd, memoryview(rows.data).cast("B"), offsets[name] + encoded.expert * rows.nbytes)
 
 
-def _check_finite(x: torch.Tensor, layer: int) -> None:
+def _check_finite(x: torch.Tensor, layer: int, what: str) -> None:
     # A sum is finite if all of its terms are (their squares are far from overflow), and needs no mask of x's size.
     if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
         raise ActivationError(
-            f"layer {layer}: its result is not finite for the calibration text; the checkpoint's weights up to there "
-            "are damaged, or overflow float32"
+            f"layer {layer}: {what} not finite for the calibration text; the checkpoint's weights up to there are "
+            "damaged, or overflow float32"
         )
+
+
+@contextmanager
+def _short_of_something(outfile: Path) -> Iterator[None]:
+    """Disk, memory or permission that a run lacks, in a line. What is done is kept by then: it is no bad input."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of the program's own output
+    except OSError as exc:
+        raise OutputError(f"{exc.filename or outfile}: {exc.strerror or exc}; the model was not written") from exc
+    except torch.cuda.OutOfMemoryError as exc:
+        raise QuantizeError(
+            f"{outfile}: the GPU's memory is not enough; end what else uses it, or give --device cpu; the model was "
+            "not written"
+        ) from exc
+    except RuntimeError as exc:
+        if "not enough memory" in str(exc) or "can't allocate memory" in str(exc):  # torch has no class for it
+            raise MemoryError from exc
+        raise
 
 
 def quantize(
@@ -223,37 +248,43 @@ def quantize(
 ) -> Result:
     """Make `outfile` of a checkpoint that `check_source` takes; an earlier interrupted run is taken up.
 
-    Raises an ErnieGgufError for anything wrong with the input, and then leaves nothing behind.
+    Raises an ErnieGgufError for anything wrong with the input, and then leaves nothing behind. If anything else stops
+    it, and a layer is done, the folder `partial_path` is kept.
     """
     check_output(outfile, overwrite)
-    chunks = torch.from_numpy(calibration.chunks).long()
+    with _short_of_something(outfile):
+        fingerprint = _fingerprint(job, calibration.chunks, settings)
+        with (
+            torch.inference_mode(),
+            ShardReader() as reader,
+            Workspace(partial_path(outfile), fingerprint, restart) as work,
+            Workers(settings.device, settings.threads) as workers,
+        ):
+            run = _Run(job, settings, reader, work, workers)
+            return _all_layers(run, torch.from_numpy(calibration.chunks).long(), outfile, listen)
+
+
+def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener) -> Result:
+    job, work, begun, earlier = run.job, run.work, time.monotonic(), run.work.seconds
     shape = (*chunks.shape, job.config.hidden)
-    begun = time.monotonic()
-    fingerprint = _fingerprint(job, calibration.chunks, settings)
-    path = outfile.with_name(outfile.name + ".partial")
-    with torch.inference_mode(), ShardReader() as reader, Workspace(path, fingerprint, restart) as work:
-        run = _Run(job, settings, reader, work, listen)
+    if work.done == 0:
+        work.begin_model(header(job, [job.plan], 0), data_nbytes(job.plan))
+    with work.open_model() as fd:
         if work.done == 0:
-            work.begin_model(header(job, [job.plan], 0), data_nbytes(job.plan))
-        fd = os.open(work.model, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if work.done == 0:
-                write_tensors(job.plan, fd, work.data_offset, settings.threads, lambda _: None, skip=is_expert)
-                _embed(run, chunks, work.activations(0, shape, new=True))
-            offsets = _offsets(job.plan, work.data_offset)
-            for stats in work.stats:
-                listen(Step(stats.layer, stats.expert, (stats,), resumed=True))
-            for number in range(work.done, job.config.layers):
-                layer_begun = time.monotonic()
-                out = work.activations(number + 1, shape, new=True)
-                found: list[MatrixStats] = []
-                for encoded in run.layer(number, work.activations(number, shape), out):
-                    _write_expert(fd, job.plan, offsets, number, encoded)
-                    found += encoded.stats
-                    listen(Step(number, encoded.expert, encoded.stats))
-                _check_finite(out, number)
-                work.finish_layer(number, found, time.monotonic() - layer_begun, fd)
-            work.publish(fd, outfile)
-        finally:
-            os.close(fd)
-        return Result(outfile, outfile.stat().st_size, time.monotonic() - begun, tuple(work.stats))
+            write_tensors(job.plan, fd, work.data_offset, run.settings.threads, lambda _: None, skip=is_expert)
+            _embed(run, chunks, work.activations(0, shape, new=True))
+        else:
+            listen(Step(work.done - 1, None, tuple(work.stats)))
+        offsets = _offsets(job.plan, work.data_offset)
+        for number in range(work.done, job.config.layers):
+            layer_begun = time.monotonic()
+            out = work.activations(number + 1, shape, new=True)
+            found: list[MatrixStats] = []
+            for encoded in run.layer(number, work.activations(number, shape), out):
+                _write_expert(fd, offsets, number, encoded)
+                found += encoded.stats
+                listen(Step(number, encoded.expert, encoded.stats))
+            work.finish_layer(number, found, time.monotonic() - layer_begun, fd)
+        work.publish(fd, outfile)
+    seconds = earlier + time.monotonic() - begun
+    return Result(outfile, outfile.stat().st_size, seconds, tuple(work.stats))

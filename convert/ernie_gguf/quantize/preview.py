@@ -1,0 +1,80 @@
+"""What a run will do and take, said before it begins."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert import Job
+from ..errors import OutputError
+from ..gguf_io import free_bytes
+from ..report import human
+from .needs import Needs
+from .settings import Settings
+from .text import Calibration
+from .workspace import layers_done, partial_path
+
+_FEW_TOKENS = 5000  # per expert; from some 20,000 on more text gains little
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A run that is ready to begin."""
+
+    job: Job
+    outfile: Path
+    text: Calibration
+    settings: Settings
+    needs: Needs
+
+    @property
+    def tokens_per_expert(self) -> int:
+        """On average."""
+        moe = self.job.config.moe
+        return self.text.chunks.size * moe.used // moe.experts if moe else 0
+
+    def json(self) -> dict[str, Any]:
+        """For --json; sizes in bytes."""
+        moe, (sequences, length) = self.job.config.moe, self.text.chunks.shape
+        return {
+            "file": str(self.outfile),
+            "bytes": self.job.plan.nbytes,
+            "layers": self.job.config.layers,
+            "layers_done": layers_done(partial_path(self.outfile)),
+            "experts": moe.experts if moe else 0,
+            "text_tokens": self.text.tokens,
+            "sequences": sequences,
+            "sequence_tokens": length,
+            "tokens_per_expert": self.tokens_per_expert,
+            "memory": self.needs.memory,
+            "gpu_memory": self.needs.device,
+            "disk": self.needs.disk,
+            "device": self.settings.device,
+            "threads": self.settings.threads,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        facts, needs, (sequences, length) = self.json(), self.needs, self.text.chunks.shape
+        gpu = f", {human(needs.device)} on the GPU" if needs.device else ""
+        threads = f", threads {self.settings.threads}" if self.settings.device == "cpu" else ""
+        out = [
+            f"{facts['layers']} layers, {facts['experts']} experts; of {self.text.tokens:,} tokens of text "
+            f"{sequences:,} sequences of {length:,}, about {self.tokens_per_expert:,} tokens per expert",
+            f"needs about {human(needs.memory)} of memory{gpu} and {human(needs.disk)} on the disk (the file: "
+            f"{human(self.job.plan.nbytes)}); device {self.settings.device}{threads}",
+        ]
+        if self.tokens_per_expert < _FEW_TOKENS:
+            out.append("note: that is little text; some 20,000 tokens per expert are a good measure")
+        if needs.memory > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+            out.append(f"note: this computer has {human(memory)} of memory; give fewer --threads")
+        return out
+
+    def check_disk(self) -> None:
+        """Raises OutputError if the disk is too small; what an interrupted run has taken counts as free."""
+        partial = partial_path(self.outfile)
+        taken = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+        if self.needs.disk > (free := free_bytes(self.outfile.parent)) + taken:
+            raise OutputError(
+                f"{self.outfile}: needs {human(self.needs.disk)}, the disk has {human(free)} free; nothing was written"
+            )
