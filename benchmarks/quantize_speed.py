@@ -16,7 +16,7 @@ import torch
 from common import machine, report
 from ernie_gguf.pool import POOL
 from ernie_gguf.quantize.encoder import Pipeline
-from ernie_gguf.quantize.kernels import CompiledKernels, Kernels, TorchKernels, make_books
+from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
 from rich.table import Table
 
 SHAPES = {"gate, up": (3072, 2560), "down": (2560, 1536)}  # rows, weights per row
@@ -73,13 +73,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--experts", type=int, help="at once (default: 1 on a CPU, 32 on a GPU)")
     parser.add_argument("--maps", type=int, nargs="*", default=[1, len(POOL)], help="code maps tried per row")
-    parser.add_argument("--torch", action="store_true", help="on a CPU: torch instead of the compiled search")
+    parser.add_argument("--torch", action="store_true", help="plain torch instead of the compiled or Triton search")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a rate per core
     experts = args.experts or (1 if args.device == "cpu" else 32)
-    compiled = args.device == "cpu" and not args.torch
-    kernels: Kernels = CompiledKernels() if compiled else TorchKernels()
+    kernels = TorchKernels() if args.torch else kernels_for(args.device)
     with torch.inference_mode():
         timings = [timing for maps in args.maps for timing in measure(args.device, experts, maps, kernels)]
     what = "one core" if args.device == "cpu" else torch.cuda.get_device_name()

@@ -37,7 +37,8 @@ def errors(y: F32, maps: Map) -> F32:
     """Squared distance of each target y [n, 4] to its nearest codeword, in units of a Gaussian's variance."""
     book = codebook(*maps).astype(np.float32)
     scores = y @ book.T - (book * book).sum(1) / 2
-    return ((y * y).sum(1) - 2 * scores.max(1)) / np.float32(4 * BOOK_RMS**2)
+    distance: F32 = (y * y).sum(1) - 2 * scores.max(1)
+    return distance / np.float32(4 * BOOK_RMS**2)
 
 
 def screen(count: int, keep: int, rng: np.random.Generator) -> list[Map]:

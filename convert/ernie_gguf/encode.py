@@ -103,7 +103,8 @@ def _choose_books(groups: F64, guess: F64, d: F64) -> npt.NDArray[np.intp]:
     weight = np.repeat(scale * scale, GROUP // 4, 1)  # [N, G*16]
     # The targets' own squares are the same for all books: the greatest sum of scores has the least squared error.
     sums = [(nearest(targets, book)[1].reshape(weight.shape) * weight).sum(1) for book in BOOKS]
-    return np.stack(sums).argmax(0)
+    chosen: npt.NDArray[np.intp] = np.stack(sums).argmax(0)
+    return chosen
 
 
 def _encode_groups(groups: F64, guess: F64, d: F64, book: Book) -> tuple[U8, U8, F64]:
@@ -159,11 +160,11 @@ def _encode_block(w: F32) -> U8:
     value = np.empty((n, k))
     for i in np.unique(member):
         of = member == i  # these rows
-        each = _encode_groups(
-            groups[of].reshape(-1, GROUP), guess[of].reshape(-1), np.repeat(safe_d[of], k // GROUP), BOOKS[i]
-        )
-        for out, found in zip((scales, codes, value), each, strict=True):
-            out[of] = found.reshape(-1, out.shape[1])
+        d_of = np.repeat(safe_d[of], k // GROUP)
+        found = _encode_groups(groups[of].reshape(-1, GROUP), guess[of].reshape(-1), d_of, BOOKS[i])
+        scales[of] = found[0].reshape(-1, k // GROUP)
+        codes[of] = found[1].reshape(-1, k // 4)
+        value[of] = found[2].reshape(-1, k)
     scales[~live] = 0
     # One spelling of "64 zeros": code bytes 0 under scale 0.
     codes = np.where(np.repeat(scales, GROUP // 4, axis=1) > 0, codes, 0).astype(np.uint8)

@@ -98,7 +98,8 @@ class TorchKernels:
         for q in range(QUADS):
             here, rest = slice(QUAD * q, QUAD * (q + 1)), slice(QUAD * (q + 1), GROUP)
             forward = metric.forward[:, None, q].mT  # [B, 1, 4, 4], from the left
-            code[:, :, q], word = _nearest(forward @ left[:, :, here] / unit, tables[:, :, q], books, rows.member)
+            code[:, :, q] = found = self.search(forward @ left[:, :, here] / unit, tables[:, :, q], rows.member)
+            word = _words(found, books, rows.member)
             error[:, :, here] = rows.w[:, None, here] - step * word
             total += (forward @ (left[:, :, here] - step * word)).square().sum(2)
             left[:, :, rest] += metric.feed[:, None, here, rest].mT @ error[:, :, here]
@@ -114,7 +115,7 @@ class TorchKernels:
         """See Kernels."""
         tables = make_tables(books, metric.around)
         h, e = metric.h, rows.e
-        v = _words(rows.codes, books, rows.member)  # [B, 64, N]
+        v = _words(rows.codes, books, rows.member).flatten(1, 2)  # [B, 64, N]
         vh = h.mT @ v
         old = rows.scales.float()
         slope, bend = (p * v).sum(1), (vh * v).sum(1)
@@ -129,34 +130,43 @@ class TorchKernels:
             here = slice(QUAD * q, QUAD * (q + 1))
             others = p[:, here] - h[:, here, here].mT @ e[:, here]
             y = metric.around[:, q].mT @ (rows.w[:, here] + metric.inverse[:, q].mT @ others) / unit
-            code, word = _nearest(y[:, None], tables[:, :, q], books, rows.member)
-            moved = step * (word[:, 0] - v[:, here])
-            rows.codes[:, q] = code[:, 0]
+            found = self.search(y[:, None], tables[:, :, q], rows.member)
+            moved = step * (_words(found, books, rows.member)[:, 0] - v[:, here])
+            rows.codes[:, q] = found[:, 0]
             e[:, here] -= moved
             before = p[:, here].clone()
             p -= h[:, here].mT @ moved
             cost -= (moved * (before + p[:, here])).sum(1)
 
+    def search(self, y: torch.Tensor, tables: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+        """The bytes with the greatest scores [B, S, N], for targets in the metric y [B, S, 4, N].
+
+        tables [B, P, 256, 5] are those of one place in the group; their last two dimensions are contiguous.
+        """
+        b, s, _, n = y.shape
+        blocks = n // LANES
+        lanes = torch.nn.functional.pad(y, (0, 0, 0, 1), value=1)  # [B, S, 5, N]: times a table's entry it is a score
+        lanes = lanes.reshape(b, s, QUAD + 1, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(-1, s * LANES, QUAD + 1)
+        table = tables.gather(1, member.long()[:, :, None, None].expand(-1, -1, *tables.shape[2:])).flatten(0, 1)
+        scores = lanes @ table.mT  # [B*blocks, S*16, 256]
+        return scores.argmax(2).reshape(b, blocks, s, LANES).permute(0, 2, 1, 3).reshape(b, s, n).to(torch.uint8)
+
+
+def kernels_for(device: str) -> Kernels:
+    """The fastest that are there: compiled on a CPU, Triton on a GPU, else torch."""
+    if device == "cpu":
+        return CompiledKernels() if CompiledKernels.available() else TorchKernels()
+    try:
+        from .triton_search import TritonKernels  # noqa: PLC0415 - triton is a part of torch's CUDA builds only
+    except ImportError:
+        return TorchKernels()
+    return TritonKernels()
+
 
 def _words(codes: torch.Tensor, books: Books, member: torch.Tensor) -> torch.Tensor:
-    """Codewords of code bytes [B, Q, N] -> [B, 4Q, N]."""
+    """Codewords of code bytes [B, Q, N] -> [B, Q, 4, N]."""
     of_row = member.long().repeat_interleave(LANES, 1)[:, None]  # [B, 1, N]
-    return books.words[of_row, codes.long()].movedim(3, 2).flatten(1, 2)
-
-
-def _nearest(
-    y: torch.Tensor, tables: torch.Tensor, books: Books, member: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets in the metric y [B, S, 4, N], tables [B, P, 256, 5] -> bytes [B, S, N] and codewords [B, S, 4, N]."""
-    b, s, _, n = y.shape
-    blocks = n // LANES
-    lanes = torch.nn.functional.pad(y, (0, 0, 0, 1), value=1)  # [B, S, 5, N]: times a table's entry it is a score
-    lanes = lanes.reshape(b, s, QUAD + 1, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(b * blocks, s * LANES, QUAD + 1)
-    table = tables.gather(1, member.long()[:, :, None, None].expand(-1, -1, *tables.shape[2:])).flatten(0, 1)
-    scores = lanes @ table.mT  # [B*blocks, S*16, 256]
-    best = scores.argmax(2).reshape(b, blocks, s, LANES).permute(0, 2, 1, 3).reshape(b, s, n)
-    words = books.words[member.long().repeat_interleave(LANES, 1)[:, None], best]  # [B, S, N, 4]
-    return best.to(torch.uint8), words.movedim(3, 2)
+    return books.words[of_row, codes.long()].movedim(3, 2)
 
 
 class CompiledKernels:
