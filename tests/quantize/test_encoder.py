@@ -222,6 +222,31 @@ def test_half_of_the_shrinkage_remains() -> None:
     assert after == pytest.approx(np.sqrt(before), rel=1e-5)
 
 
+@dataclass(frozen=True)
+class WatchedDescent(TorchKernels):
+    """Keeps w and e [B, 64, N] of each group from before it is descended: groups do not change each other's."""
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def descend_group(
+        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+    ) -> None:
+        self.seen.append((rows.w.clone(), rows.e.clone()))
+        super().descend_group(rows, p, metric, books, cost)
+
+
+def test_super_scales_are_refitted_before_each_pass() -> None:
+    """By least squares in the metric: what is left is at right angles to the value, Ŵ H Eᵀ = 0."""
+    w, h = weights_of(1, 32, K, seed=15), moments_of("correlated", 1, K, seed=16)
+    watched = WatchedDescent()
+    pipeline(maps=1, passes=3, kernels=watched).encode(w, h)
+    assert len(watched.seen) == 3 * K // 64
+    for i in range(0, len(watched.seen), K // 64):
+        wide, e = (torch.cat(parts, 1)[0].T.double().numpy() for parts in zip(*watched.seen[i : i + 4], strict=True))
+        value_h = (wide - e) @ truth_of(h[0]).h
+        assert (value_h * e).sum(1) / (value_h * wide).sum(1) == pytest.approx(np.zeros(32), abs=1e-5)
+
+
 def test_a_power_of_two_changes_super_scales_alone() -> None:
     w, h = weights_of(1, 32, K), moments_of("loud", 1, K)
     size = (2.0 ** torch.arange(-16, 16))[:, None]
