@@ -164,14 +164,14 @@ class _Run:
         calls = (partial(_attend, layer, x[s : s + step].to(device)) for s in range(0, len(x), step))
         at = 0
         for part in self.workers.in_order(calls):
-            _check_finite(part.out, number, "what its attention gives is")
+            _check_finite(part.out, number, "what attention gives is")
             here = slice(at, at := at + len(part.out))
             out[here] = part.out.to(out.device)
             if inputs is not None and part.routed is not None:
                 for whole, piece in zip((inputs.h, inputs.experts, inputs.weights), part.routed, strict=True):
                     whole[here] = piece.to(whole.device)
         if inputs is not None:
-            _check_finite(inputs.weights, number, "the weights that its router gives to experts are")
+            _check_finite(inputs.weights, number, "the router's weights for the experts are")
 
     def _encoded(self, encoder: ExpertEncoder, count: int, inputs: LayerInput) -> Iterator[EncodedExpert]:
         """All experts in order: on the CPU one per thread, on a GPU as many at once as its memory holds."""

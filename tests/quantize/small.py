@@ -1,0 +1,10 @@
+"""The small checkpoint of the quantizer's tests, and how they call the command."""
+
+from collections.abc import Callable
+
+from checkpoints import Spec
+from command_line import Done
+
+SMALL = Spec(layers=3, experts=4, used=2, fused=True)  # layer 0 is dense
+
+Quantize = Callable[..., Done]  # the fixture quantize of conftest.py
