@@ -99,7 +99,7 @@ def main() -> None:
         times = measure(checkpoint, text, settings, args.tokens, folder / "out.gguf")
     finally:
         shutil.rmtree(folder)
-    first, others = times[0], times[1:]  # the first has all that comes before it in its time
+    first, others = times[0], times[1:] or times  # the first has all that comes before it in its time
     layer = float(np.mean([each.seconds for each in others]))
     whole = first.seconds - layer + (MODEL_LAYERS - 1) * layer
     table = Table("layer", "seconds", "million weights/s", "error in the metric")

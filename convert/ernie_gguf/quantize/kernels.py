@@ -83,31 +83,33 @@ class TorchKernels:
     def feedback_group(
         self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
     ) -> None:
-        """See Kernels. All scales are tried side by side, S of them."""
-        tables = make_tables(books, metric.forward)
+        """See Kernels. All S scales are tried side by side: the rows stand there S times, [B, ..., S*N]."""
+        tables, tries = make_tables(books, metric.forward), len(SCALE_STEPS)
+        b, _, n = target.shape
         rms = target.square().mean(1).sqrt()
         steps = torch.tensor(SCALE_STEPS, device=target.device)[:, None]
         guess = (rms / (BOOK_RMS * rows.d)).clamp(0, 100).round()
-        scale = (guess[:, None] + steps).clamp(0, LARGEST_SCALE)  # [B, S, N]
-        d = rows.d[:, None]
-        unit, step = (d * scale.clamp(min=1))[:, :, None], (d * scale)[:, :, None]  # [B, S, 1, N]
-        left = target[:, None].repeat(1, len(SCALE_STEPS), 1, 1)  # [B, S, 64, N]: targets, as errors are fed in
-        error = torch.empty_like(left)
-        code = torch.empty_like(left[:, :, :QUADS], dtype=torch.uint8)
-        total = torch.zeros_like(scale)
+        scale = (guess[:, None] + steps).clamp(0, LARGEST_SCALE).flatten(1)
+        w, d, member = (a.repeat(*[1] * (a.ndim - 1), tries) for a in (rows.w, rows.d, rows.member))
+        unit, step = (d * scale.clamp(min=1))[:, None], (d * scale)[:, None]
+        left = target.repeat(1, 1, tries)  # the targets, as errors are fed in
+        error, total = torch.empty_like(left), torch.zeros_like(scale)
+        code = torch.empty(b, QUADS, tries * n, dtype=torch.uint8, device=target.device)
         for q in range(QUADS):
             here, rest = slice(QUAD * q, QUAD * (q + 1)), slice(QUAD * (q + 1), GROUP)
-            forward = metric.forward[:, None, q].mT  # [B, 1, 4, 4], from the left
-            code[:, :, q] = found = self.search(forward @ left[:, :, here] / unit, tables[:, :, q], rows.member)
-            word = _words(found, books, rows.member)
-            error[:, :, here] = rows.w[:, None, here] - step * word
-            total += (forward @ (left[:, :, here] - step * word)).square().sum(2)
-            left[:, :, rest] += metric.feed[:, None, here, rest].mT @ error[:, :, here]
-        best = total.argmin(1, keepdim=True)  # [B, 1, N]
-        cost += total.gather(1, best)[:, 0]
-        rows.scales.copy_(scale.gather(1, best)[:, 0])
-        rows.codes.copy_(code.gather(1, best[:, :, None].expand(-1, -1, QUADS, -1))[:, 0])
-        rows.e.copy_(error.gather(1, best[:, :, None].expand(-1, -1, GROUP, -1))[:, 0])
+            forward = metric.forward[:, q].mT  # from the left
+            code[:, q] = found = self.search(forward @ left[:, here] / unit, tables[:, :, q], member)
+            value = step * _words(found[:, None], books, member)[:, 0]
+            torch.sub(w[:, here], value, out=error[:, here])
+            total += (forward @ (left[:, here] - value)).square().sum(1)
+            if q < QUADS - 1:
+                left[:, rest].baddbmm_(metric.feed[:, here, rest].mT, error[:, here])
+        best = total.unflatten(1, (tries, n)).argmin(1)  # [B, N]
+        at = best * n + torch.arange(n, device=best.device)
+        cost += total.gather(1, at)
+        rows.scales.copy_(scale.gather(1, at))
+        rows.codes.copy_(code.gather(2, at[:, None].expand(-1, QUADS, -1)))
+        rows.e.copy_(error.gather(2, at[:, None].expand(-1, GROUP, -1)))
 
     def descend_group(
         self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
@@ -130,26 +132,24 @@ class TorchKernels:
             here = slice(QUAD * q, QUAD * (q + 1))
             others = p[:, here] - h[:, here, here].mT @ e[:, here]
             y = metric.around[:, q].mT @ (rows.w[:, here] + metric.inverse[:, q].mT @ others) / unit
-            found = self.search(y[:, None], tables[:, :, q], rows.member)
-            moved = step * (_words(found, books, rows.member)[:, 0] - v[:, here])
-            rows.codes[:, q] = found[:, 0]
+            rows.codes[:, q] = found = self.search(y, tables[:, :, q], rows.member)
+            moved = step * (_words(found[:, None], books, rows.member)[:, 0] - v[:, here])
             e[:, here] -= moved
             before = p[:, here].clone()
-            p -= h[:, here].mT @ moved
+            p.baddbmm_(h[:, here].mT, moved, alpha=-1)
             cost -= (moved * (before + p[:, here])).sum(1)
 
     def search(self, y: torch.Tensor, tables: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-        """The bytes with the greatest scores [B, S, N], for targets in the metric y [B, S, 4, N].
+        """The bytes with the greatest scores [B, n], for targets in the metric y [B, 4, n] of lane blocks [B, n/16].
 
         tables [B, P, 256, 5] are those of one place in the group; their last two dimensions are contiguous.
         """
-        b, s, _, n = y.shape
-        blocks = n // LANES
-        lanes = torch.nn.functional.pad(y, (0, 0, 0, 1), value=1)  # [B, S, 5, N]: times a table's entry it is a score
-        lanes = lanes.reshape(b, s, QUAD + 1, blocks, LANES).permute(0, 3, 1, 4, 2).reshape(-1, s * LANES, QUAD + 1)
+        b, _, n = y.shape
+        lanes = torch.nn.functional.pad(y, (0, 0, 0, 1), value=1)  # [B, 5, n]: times a table's entry it is a score
+        lanes = lanes.unflatten(2, (-1, LANES)).permute(0, 2, 3, 1).flatten(0, 1)  # [B*n/16, 16, 5]
         table = tables.gather(1, member.long()[:, :, None, None].expand(-1, -1, *tables.shape[2:])).flatten(0, 1)
-        scores = lanes @ table.mT  # [B*blocks, S*16, 256]
-        return scores.argmax(2).reshape(b, blocks, s, LANES).permute(0, 2, 1, 3).reshape(b, s, n).to(torch.uint8)
+        scores = lanes @ table.mT  # [B*n/16, 16, 256]
+        return scores.argmax(2).reshape(b, n).to(torch.uint8)
 
 
 def kernels_for(device: str) -> Kernels:

@@ -7,6 +7,7 @@ import torch
 from ..config import ErnieConfig, MoeConfig
 from .settings import Settings
 
+_BESIDE_SHARE = 0.25  # of a GPU's free memory for the activations of a layer
 _FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for what fragments it
 # Copies of a matrix's weights in float32 that are alive at once, of its K x K moments (float64 counts as two), and of
 # the scores for 5 scales and 256 codes of every row that the search in torch holds.
@@ -40,6 +41,11 @@ def experts_at_once(config: ErnieConfig, tokens: int) -> int:
     """How many experts a GPU's free memory holds, if each sees `tokens` tokens; at least one."""
     free, _ = torch.cuda.mem_get_info()
     return max(1, min(_moe(config).experts, int(free * _FREE_SHARE) // expert_bytes(config, tokens, False)))
+
+
+def fits_device(nbytes: int, device: str) -> bool:
+    """Whether a GPU has room for so much beside the experts; never on a CPU, whose memory may be short."""
+    return device == "cuda" and nbytes < torch.cuda.mem_get_info()[0] * _BESIDE_SHARE
 
 
 def layer_bytes(config: ErnieConfig) -> int:

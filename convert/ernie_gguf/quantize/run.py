@@ -29,7 +29,7 @@ from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
 from .kernels import kernels_for, make_books
 from .model import Layer, Weights, embed
-from .needs import experts_at_once
+from .needs import experts_at_once, fits_device
 from .settings import Settings
 from .stats import MatrixStats
 from .text import Calibration
@@ -143,17 +143,24 @@ class _Run:
         self._attention(layer, number, x, flat_out, inputs)
         if layer.moe is not None and inputs is not None:
             encoder = ExpertEncoder(self.weights, number, inputs, self.pipeline)
+            gained = torch.zeros_like(inputs.h) if inputs.h.is_cuda else flat_out
             for encoded in self._encoded(encoder, layer.moe.experts, inputs):
                 # An expert sees a token once: no two writes to the same place.
-                flat_out[encoded.tokens] += encoded.y.to(flat_out.device)
+                gained[encoded.tokens.to(gained.device)] += encoded.y.to(gained.device)
                 yield encoded
+            if gained is not flat_out:
+                flat_out += gained.to(flat_out.device)
         _check_finite(flat_out, number, "what it gives is")
 
     def _inputs(self, tokens: int, moe: MoeConfig) -> LayerInput:
-        """Room for what the experts of a layer get."""
-        h = self.work.mapped("scratch.f32", (tokens, self.job.config.hidden), new=True)
-        chosen = torch.empty(tokens, moe.used, dtype=torch.int64)
-        return LayerInput(h, chosen, torch.empty(tokens, moe.used), self.settings.device)
+        """Room for what the experts of a layer get: on the GPU if little of its memory is enough, else in a file."""
+        shape, device = (tokens, self.job.config.hidden), self.settings.device
+        if fits_device(8 * tokens * self.job.config.hidden, device):  # and for what they give
+            h = torch.empty(shape, device=device)
+        else:
+            h = self.work.mapped("scratch.f32", shape, new=True)
+        chosen = torch.empty(tokens, moe.used, dtype=torch.int64, device=h.device)
+        return LayerInput(h, chosen, torch.empty(tokens, moe.used, device=h.device), device)
 
     def _attention(
         self, layer: Layer, number: int, x: torch.Tensor, out: torch.Tensor, inputs: LayerInput | None

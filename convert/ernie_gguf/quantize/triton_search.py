@@ -1,7 +1,7 @@
 """The search for codewords on NVIDIA GPUs, in Triton, which comes with torch's CUDA builds.
 
-Import it only where triton is. On an H100 a search over 64 experts' rows writes a byte per target where torch writes
-256 scores, reads them again and lets most of the time go by on that.
+Import it only where triton is. Torch writes 256 scores per target to the GPU's memory and reads them again; here they
+stay in registers, and feedback on an H100 takes .45 of the time.
 """
 
 import torch
@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from .kernels import LANES, TorchKernels
+
+_ROWS = 64  # of a program of two warps: one to a thread; 203 us on an H100 where twice as many take 209 and half 274
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -20,24 +22,29 @@ def _search(  # noqa: PLR0917 - a kernel has no keywords
     rows: int,
     matrix_stride: int,
     map_stride: int,
-    targets: tl.constexpr,
     lanes: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:
-    """One lane block of one matrix: so many lanes, so many targets each."""
-    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = block * lanes + tl.arange(0, lanes)
-    code = tl.arange(0, 256)
-    entry = table + b * matrix_stride + tl.load(member + b * (rows // lanes) + block) * map_stride + 5 * code
-    e0, e1, e2 = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    e3, e4 = tl.load(entry + 3), tl.load(entry + 4)
-    for s in range(targets):
-        at = (b * targets + s) * rows
-        x = y + 4 * at + row
-        score = tl.load(x + 3 * rows)[:, None] * e3[None, :] + e4[None, :]
-        score += tl.load(x + 2 * rows)[:, None] * e2[None, :]
-        score += tl.load(x + rows)[:, None] * e1[None, :]
-        score += tl.load(x)[:, None] * e0[None, :]
-        tl.store(best + at + row, tl.argmax(score, axis=1).to(tl.uint8))
+    """`block` rows of one matrix; each thread goes through all codes for its own, so that nothing needs reducing."""
+    b = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    there = row < rows
+    entry = table + b * matrix_stride + tl.load(member + b * (rows // lanes) + row // lanes, there, 0) * map_stride
+    x = y + 4 * b * rows + row
+    y0, y1 = tl.load(x, there), tl.load(x + rows, there)
+    y2, y3 = tl.load(x + 2 * rows, there), tl.load(x + 3 * rows, there)
+    top = tl.full((block,), float("-inf"), tl.float32)
+    found = tl.zeros((block,), tl.int32)
+    for code in range(256):
+        score = y3 * tl.load(entry + 3) + tl.load(entry + 4)
+        score += y2 * tl.load(entry + 2)
+        score += y1 * tl.load(entry + 1)
+        score += y0 * tl.load(entry)
+        better = score > top
+        top = tl.where(better, score, top)
+        found = tl.where(better, code, found)
+        entry += 5
+    tl.store(best + b * rows + row, found.to(tl.uint8), there)
 
 
 class TritonKernels(TorchKernels):
@@ -45,8 +52,8 @@ class TritonKernels(TorchKernels):
 
     def search(self, y: torch.Tensor, tables: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
         """See TorchKernels."""
-        b, s, _, n = y.shape
-        y, best = y.contiguous(), torch.empty(b, s, n, dtype=torch.uint8, device=y.device)
-        strides = (tables.stride(0), tables.stride(1))
-        _search[(n // LANES, b)](y, tables, member, best, n, *strides, targets=s, lanes=LANES)
+        b, _, n = y.shape
+        y, best = y.contiguous(), torch.empty(b, n, dtype=torch.uint8, device=y.device)
+        grid, strides = (-(-n // _ROWS), b), (tables.stride(0), tables.stride(1))
+        _search[grid](y, tables, member, best, n, *strides, lanes=LANES, block=_ROWS, num_warps=_ROWS // 32)
         return best
