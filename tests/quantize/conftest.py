@@ -8,7 +8,7 @@ import pytest
 from checkpoints import make
 from command_line import Command, Done
 
-from quantize.small import SMALL, Quantize
+from quantize.small import QUICK, SMALL, Quantize
 
 PROSE = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -33,7 +33,6 @@ def quantize(ernie_gguf: Command, text: Path) -> Quantize:
 
     def call(source: Path, outfile: Path, *options: str | Path) -> Done:
         calibration = () if "--calibration" in options else ("--calibration", text)
-        quick = ("--maps", "2", "--ctx-size", "128", "--threads", "1", "--device", "cpu")
-        return ernie_gguf("quantize", source, "--outfile", outfile, *calibration, *quick, *options)
+        return ernie_gguf("quantize", source, "--outfile", outfile, *calibration, *QUICK, *options)
 
     return call

@@ -110,7 +110,7 @@ class Workspace:
         try:
             state = read_object(state_path, WorkspaceError)
         except WorkspaceError as exc:
-            raise WorkspaceError(f"{exc}; give --restart to begin again") from exc
+            raise WorkspaceError(f"{self.path}: {exc}; give --restart to begin again") from exc
         if state.get("version") != VERSION:
             raise WorkspaceError(
                 f"{self.path}: was begun by another version of ernie-gguf; give --restart to begin again"
