@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from ..convert import Job
 from .run import Listener, Step, is_expert
@@ -52,15 +53,16 @@ def display(job: Job) -> Iterator[Listener]:
     if not sys.stderr.isatty():
         yield _lines(tally, job.config.moe.experts if job.config.moe else 0)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    one_line = Column(no_wrap=True, overflow="ellipsis")  # in a narrow window its end is missing
+    text = TextColumn("{task.description} {task.fields[text]}", table_column=one_line)
+    with Progress(BarColumn(12), TimeElapsedColumn(), text, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("preparing", total=tally.total, text="")
 
         def listen(step: Step) -> None:
             tally.add(step)
             if step.expert is None:
-                bar.console.print(_taken_up(step, tally.layers))
-            where = f"{_place(step, tally.layers)}, expert {step.expert}" if step.expert is not None else "going on"
+                bar.console.print(_taken_up(step, tally.layers), highlight=False)
+            where = "going on:" if step.expert is None else f"{_place(step, tally.layers)}, expert {step.expert}:"
             bar.update(task, description=where, completed=tally.done, text=tally.text())
 
         yield listen
