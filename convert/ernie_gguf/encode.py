@@ -31,7 +31,7 @@ _CLIP = 128 * _GRID  # four times the largest codeword; keeps scores below 2^24
 _BLOCKS, _BLOCK_QUADS = 4, 192
 _ROW_BYTES = 1 << 22  # float32 bytes of rows worked on at once
 
-_D_LIMIT = float(np.finfo(np.float32).max) / (15 * 32)  # above it a decoded weight could overflow float32
+D_LIMIT = float(np.finfo(np.float32).max) / (15 * 32)  # above it a decoded weight could overflow float32
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -92,7 +92,7 @@ def _row_scales(rms: F64) -> F32:
 
     A row too quiet for float32's smallest number gets 0.
     """
-    d: F32 = np.minimum(rms.max(1) / BOOK_RMS / TOP_SCALE, _D_LIMIT).astype(np.float32)
+    d: F32 = np.minimum(rms.max(1) / BOOK_RMS / TOP_SCALE, D_LIMIT).astype(np.float32)
     return d
 
 
@@ -141,7 +141,7 @@ def _half_shrink(w: F64, value: F64, d: F32) -> F32:
     power = (w * w).sum(1)
     dot = (w * value).sum(1) * d
     slope = np.divide(dot, power, out=np.ones_like(power), where=power > 0)
-    grown: F32 = np.minimum(d / np.sqrt(np.clip(slope, 0.25, 1.0)), _D_LIMIT).astype(np.float32)
+    grown: F32 = np.minimum(d / np.sqrt(np.clip(slope, 0.25, 1.0)), D_LIMIT).astype(np.float32)
     return grown
 
 

@@ -360,3 +360,29 @@ def test_rows_are_not_repeated_without_need() -> None:
     order, blocks = _lane_order((torch.arange(48) // 16)[None].int(), 3)
     assert order.tolist() == [list(range(48))]
     assert blocks.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("size", [3e38, 1.75e38])
+def test_the_largest_rows_are_encoded_too(size: float) -> None:
+    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w[0, 3] = w[0, 3] / w[0, 3].abs().amax() * size
+    got = dequantize_rows(pipeline().encode(w, h).data[0], K)[3] / size
+    want = w[0, 3].numpy() / size
+    assert np.square(got - want).sum() < 0.2 * np.square(want).sum()
+
+
+def test_no_row_decodes_to_infinity() -> None:
+    w, h = torch.full((1, 16, K), 3.4e38), moments_of("correlated", 1, K)
+    encoded = pipeline().encode(w, h)
+    got = dequantize_rows(encoded.data[0], K)
+    assert np.isfinite(got).all()
+    assert np.allclose(got, encoded.value[0].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e38, 1e25, 1e-25, 1e-38])
+def test_errors_do_not_depend_on_the_size_of_the_weights(size: float) -> None:
+    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w /= w.abs().amax()
+    want, found = (pipeline().encode(each, h).measure(0, 0, 16) for each in (w, w * size))
+    for name in ("error", "metric_error", "plain_metric_error"):
+        assert getattr(found, name) == pytest.approx(getattr(want, name), rel=0.01), name

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ..ccq2 import GROUP, Ccq2Rows, pack_rows
-from ..encode import BOOK_RMS, TOP_SCALE
+from ..encode import BOOK_RMS, D_LIMIT, TOP_SCALE
 from .kernels import LANES, QUADS, Books, Kernels, RowGroup
 from .metric import DAMPING, QUAD, Metric, make_metric, plain_metric
 
@@ -136,7 +136,8 @@ def _start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
     The unit is a power of two, so that no square overflows and nothing is rounded.
     """
     largest = w.abs().amax(2)
-    unit = torch.where(largest > 0, largest, 1).frexp().exponent.float().exp2()
+    exponent = torch.where(largest > 0, largest, 1).frexp().exponent
+    unit = exponent.clamp(max=127).float().exp2()  # 2^128 is no float32
     columns = (w / unit[:, :, None]).mT.contiguous()
     b, k, n = columns.shape
     rms = columns.reshape(b, k // GROUP, GROUP, n).square().mean(2).sqrt()  # [B, K/64, N]
@@ -230,10 +231,10 @@ class Encoded:
         )
 
 
-def _pack(rows: Rows, unit: torch.Tensor, books: Books) -> list[npt.NDArray[np.uint8]]:
-    """ccq2 rows; 64 zeros are spelled scale 0 and codes 0, a row of zeros d = 0."""
+def _pack(rows: Rows, d: torch.Tensor, books: Books) -> list[npt.NDArray[np.uint8]]:
+    """ccq2 rows with super scales d [B, N]; 64 zeros are spelled scale 0 and codes 0, a row of zeros d = 0."""
     codes = torch.where(rows.scales.repeat_interleave(QUADS, 1) > 0, rows.codes, 0)
-    d = torch.where((rows.scales > 0).any(1), rows.d * unit, 0)
+    d = torch.where((rows.scales > 0).any(1), d, 0)
     maps = books.maps[rows.member.long()].cpu().numpy().astype(np.uint32)  # [B, N, 2]
     fields_ = (d.cpu().numpy(), codes.mT.cpu().numpy(), rows.scales.mT.cpu().numpy())
     return [pack_rows(Ccq2Rows(m[:, 0], m[:, 1], *each)) for m, *each in zip(maps, *fields_, strict=True)]
@@ -257,15 +258,18 @@ class Pipeline:
         start, unit = _start(w, metric)
         plain = encode_plain(start, metric, self.books, self.kernels)
         rows = encode_calibrated(start, metric, self.books, self.kernels, self.passes).better(plain)
-        size = unit.square()
+        size = unit.double().square()  # beyond float32 for weights that are within
+        d = (rows.d * unit).clamp(max=D_LIMIT)
         square, square_error = rows.w.square().sum(1), rows.e.square().sum(1)
 
         def undamped(cost: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-            return (cost - self.damping * squares) * size
+            return (cost - self.damping * squares).clamp(
+                min=0
+            ) * size  # a difference of nearly equal numbers may be < 0
 
         return Encoded(
-            _pack(rows, unit, self.books),
-            ((rows.w - rows.e) * unit[:, None]).mT.contiguous(),
+            _pack(rows, d, self.books),
+            ((rows.w - rows.e) * (d / rows.d)[:, None]).mT.contiguous(),
             rows.scales,
             square * size,
             square_error * size,
