@@ -265,7 +265,7 @@ class Pipeline:
         def undamped(cost: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
             return (cost - self.damping * squares).clamp(
                 min=0
-            ) * size  # a difference of nearly equal numbers may be < 0
+            ) * size  # as a difference of near equals it may be < 0
 
         return Encoded(
             _pack(rows, d, self.books),
