@@ -13,8 +13,10 @@ from .encoder import Encoded, Measured, Pipeline
 from .model import Weights, expert_hidden
 from .stats import MatrixStats
 
-SAMPLE = 2048  # tokens that stand for the layer's average
-LEAN_TOKENS = 256  # what the average weighs, in tokens, for an expert that saw few
+SAMPLE = 4096  # tokens that stand for the layer's average
+# What the average weighs, in tokens, for an expert that saw few. On ernie-mini with 4096 tokens of text, a thousand per
+# expert: KL divergence .183 with 32, .176 with 256, .172 with 1024, .175 with 4096.
+LEAN_TOKENS = 1024
 LEAN_BELOW = 16 * LEAN_TOKENS  # the others have a better picture of their own
 
 
