@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the encoder needs it")
 
 import torch
-from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, make_books
+from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, TorchKernels, kernels_for, make_books
 from ernie_gguf.quantize.metric import GroupMetric, Metric, make_metric, plain_metric
 
 from quantize.problems import (
@@ -416,3 +417,10 @@ def test_only_its_own_rows_are_written(kernels: Kernels) -> None:
     for name in ("e", "codes", "scales"):
         assert not torch.equal(getattr(problem.views(1), name), getattr(before.views(1), name)), name
     assert torch.equal(problem.w, before.w)
+
+
+def test_without_triton_a_gpu_has_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "ernie_gguf.quantize.triton_search", raising=False)
+    assert type(kernels_for("cuda")) is TorchKernels
+    assert capsys.readouterr().err.startswith("note: Triton does not work here (")

@@ -6,7 +6,9 @@ A (4x4): the greatest (yA)·(cA) - |cA|²/2, of equals the lowest.
 """
 
 import ctypes
+import sys
 from dataclasses import dataclass
+from subprocess import SubprocessError
 from typing import Protocol
 
 import numpy as np
@@ -153,14 +155,18 @@ class TorchKernels:
 
 
 def kernels_for(device: str) -> Kernels:
-    """The fastest that are there: compiled on a CPU, Triton on a GPU, else torch."""
+    """The fastest that work: compiled on a CPU, Triton on a GPU, else torch."""
     if device == "cpu":
         return CompiledKernels() if CompiledKernels.available() else TorchKernels()
     try:
         from .triton_search import TritonKernels  # noqa: PLC0415 - triton is a part of torch's CUDA builds only
-    except ImportError:
+
+        kernels = TritonKernels()
+        kernels.try_out(device)
+    except (ImportError, OSError, RuntimeError, SubprocessError) as exc:  # it compiles at its first use
+        sys.stderr.write(f"note: Triton does not work here ({exc}); torch takes its place, about half as fast\n")
         return TorchKernels()
-    return TritonKernels()
+    return kernels
 
 
 def _words(codes: torch.Tensor, books: Books, member: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,11 @@ def _search(  # noqa: PLR0917 - a kernel has no keywords
 class TritonKernels(TorchKernels):
     """TorchKernels with the search itself fused."""
 
+    def try_out(self, device: str) -> None:
+        """Compile and run it once; raises whatever Triton raises where it finds no C compiler, or the like."""
+        y, member = torch.zeros(1, 4, LANES, device=device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+        self.search(y, torch.zeros(1, 1, 256, 5, device=device), member)
+
     def search(self, y: torch.Tensor, tables: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
         """See TorchKernels."""
         b, _, n = y.shape
