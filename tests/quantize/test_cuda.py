@@ -21,6 +21,7 @@ from ernie_gguf.quantize.kernels import TorchKernels, kernels_for, make_books  #
 from ernie_gguf.quantize.run import quantize  # noqa: E402
 from ernie_gguf.quantize.settings import Settings  # noqa: E402
 from ernie_gguf.quantize.text import calibration_chunks  # noqa: E402
+from ernie_gguf.quantize.triton_search import TritonKernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,14 +36,14 @@ def test_the_search_is_that_of_torch(n: int) -> None:
     y = torch.randn(3, 4, n, device="cuda")
     tables = torch.randn(3, 2, 16, 256, 5, device="cuda")[:, :, 7]
     member = torch.randint(2, (3, n // 16), dtype=torch.int32, device="cuda")
-    assert torch.equal(kernels_for("cuda").search(y, tables, member), TorchKernels().search(y, tables, member))
+    assert torch.equal(TritonKernels().search(y, tables, member), TorchKernels().search(y, tables, member))
 
 
 def test_of_equal_scores_the_lowest_byte_wins() -> None:
     tables = torch.ones(1, 1, 256, 5, device="cuda")
     tables[:, :, 3:6] = 2
     y, member = torch.ones(1, 4, 16, device="cuda"), torch.zeros(1, 1, dtype=torch.int32, device="cuda")
-    assert kernels_for("cuda").search(y, tables, member).tolist() == [[3] * 16]
+    assert TritonKernels().search(y, tables, member).tolist() == [[3] * 16]
 
 
 def test_matrices_cost_the_same_as_on_the_cpu() -> None:

@@ -263,9 +263,7 @@ class Pipeline:
         square, square_error = rows.w.square().sum(1), rows.e.square().sum(1)
 
         def undamped(cost: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-            return (cost - self.damping * squares).clamp(
-                min=0
-            ) * size  # as a difference of near equals it may be < 0
+            return (cost - self.damping * squares).clamp(min=0) * size  # as a difference of near equals it may be < 0
 
         return Encoded(
             _pack(rows, d, self.books),
