@@ -39,6 +39,10 @@ from .workspace import Workspace, partial_path
 _EMBED_TOKENS = 8192  # at once
 _SEQUENCE_TOKENS = {"cpu": 1024, "cuda": 8192}  # tokens that a worker carries through attention at once
 
+# In the file, so that nobody takes it for a plain one: how much text it saw, how many code maps each row could take.
+TOKENS_KEY = "ernie_gguf.calibration.tokens"
+MAPS_KEY = "ernie_gguf.calibration.maps"
+
 
 class QuantizeError(ErnieGgufError):
     """The checkpoint has nothing to quantize, or is quantized already."""
@@ -275,7 +279,10 @@ def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener
     job, work, begun, earlier = run.job, run.work, time.monotonic(), run.work.seconds
     shape = (*chunks.shape, job.config.hidden)
     if work.done == 0:
-        work.begin_model(header(job, [job.plan], 0), data_nbytes(job.plan))
+        writer = header(job, [job.plan], 0)
+        writer.add_uint32(TOKENS_KEY, chunks.numel())
+        writer.add_uint32(MAPS_KEY, run.settings.maps)
+        work.begin_model(writer, data_nbytes(job.plan))
     with work.open_model() as fd:
         if work.done == 0:
             write_tensors(job.plan, fd, work.data_offset, run.settings.threads, lambda _: None, skip=is_expert)
