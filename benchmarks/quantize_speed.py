@@ -1,23 +1,28 @@
 """Speed of the calibrated encoder at the shapes of the 21B: python benchmarks/quantize_speed.py [--device cuda].
 
 One expert's gate and up (3072 rows of 2560, which share their inputs) and down (2560 rows of 1536) are encoded, or as
-many experts at once as `--experts` says, on Gaussian weights and correlated inputs. Counted is everything from the
-second moments to ccq2 rows: factoring, feedback for each code map, coordinate descent, packing, and the plain encoding
-that the report compares with. The time for the whole model is weights over rate; it leaves out reading the checkpoint
-and the forward pass, which `ernie-gguf quantize` shows on the real thing.
+many experts at once as `--experts` says, on Gaussian weights and correlated inputs. "Search" is feedback for each code
+map and coordinate descent; "all" is everything from the second moments to ccq2 rows: factoring, search, packing, and
+the plain encoding that the report compares with. The time for the whole model is weights over the rate of all; it
+leaves out reading the checkpoint and the forward pass, which benchmarks/quantize_model.py has.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec
 
 import torch
 from common import machine, report
 from ernie_gguf.pool import POOL
-from ernie_gguf.quantize.encoder import Pipeline
+from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
 from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
+from ernie_gguf.quantize.metric import make_metric
 from rich.table import Table
+
+P = ParamSpec("P")
 
 SHAPES = {"gate, up": (3072, 2560), "down": (2560, 1536)}  # rows, weights per row
 MODEL_WEIGHTS = 27 * 64 * 3 * 2560 * 1536  # the experts of the 21B
@@ -25,17 +30,13 @@ MODEL_WEIGHTS = 27 * 64 * 3 * 2560 * 1536  # the experts of the 21B
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for `weights` weights."""
+    """Seconds for `weights` weights: of the search alone, and of all."""
 
     shape: str
     maps: int
     weights: int
+    search_seconds: float
     seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Weights per second."""
-        return self.weights / self.seconds
 
 
 def problem(experts: int, rows: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,12 +55,21 @@ def measure(device: str, experts: int, maps: int, kernels: Kernels) -> list[Timi
     for name, (rows, k) in SHAPES.items():
         w, h = problem(experts, rows, k, device)
         pipeline.encode(w[:1, :64], h[:1])
-        _wait(device)
-        begin = time.perf_counter()
-        pipeline.encode(w, h)
-        _wait(device)
-        found.append(Timing(name, maps, w.numel(), time.perf_counter() - begin))
+        metric = make_metric(h)
+        begun, _ = start(w, metric)
+        search = _seconds(device, encode_calibrated, begun, metric, pipeline.books, kernels)
+        del begun, metric
+        whole = _seconds(device, pipeline.encode, w, h)
+        found.append(Timing(name, maps, w.numel(), search, whole))
     return found
+
+
+def _seconds(device: str, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    call(*args, **kwargs)
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: str) -> None:
@@ -82,12 +92,11 @@ def main() -> None:
     with torch.inference_mode():
         timings = [timing for maps in args.maps for timing in measure(args.device, experts, maps, kernels)]
     what = "one core" if args.device == "cpu" else torch.cuda.get_device_name()
-    table = Table("shape", "code maps", "seconds", "million weights/s", f"the 21B's experts on {what}")
+    table = Table("shape", "code maps", "search, M weights/s", "all, M weights/s", f"the 21B's experts on {what}")
     for timing in timings:
-        left = MODEL_WEIGHTS / timing.rate / 60
-        table.add_row(
-            timing.shape, str(timing.maps), f"{timing.seconds:.2f}", f"{timing.rate / 1e6:.2f}", f"{left:,.0f} min"
-        )
+        rates = (timing.weights / seconds / 1e6 for seconds in (timing.search_seconds, timing.seconds))
+        left = f"{timing.seconds * MODEL_WEIGHTS / timing.weights / 60:,.0f} min"
+        table.add_row(timing.shape, str(timing.maps), *(f"{rate:.2f}" for rate in rates), left)
     results: dict[str, object] = {"machine": machine(), "device": what, "experts": experts, "timings": timings}
     report(results, table, as_json=args.json)
 

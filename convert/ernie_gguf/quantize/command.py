@@ -53,7 +53,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         int, typer.Option(min=64, help="Tokens to calibrate with; of a longer text an even selection.")
     ] = 262144,
     maps: Annotated[
-        int, typer.Option(min=1, max=16, help="Code maps tried on every row: 1 is 4 times as fast, 16 a little better.")
+        int, typer.Option(min=1, max=16, help="Code maps tried on every row: 1 is three times as fast, 16 are better.")
     ] = 16,
     device: Annotated[
         Device | None, typer.Option(help="Default: cuda if torch sees an NVIDIA GPU, else cpu.", show_default=False)
@@ -149,7 +149,7 @@ def _settings(device: Device | None, threads: int, maps: int) -> Settings:
     torch.backends.cuda.matmul.allow_tf32 = False  # ten bits would drown the errors that are to be made small
     settings = Settings((device or (Device.CUDA if gpu else Device.CPU)).value, threads, maps)
     if settings.device == "cpu" and not settings.compiled:
-        _say("note: the compiled search is not there, torch takes its place and is 30 times as slow: run make search")
+        _say("note: the compiled search is not there, torch takes its place and takes six times as long: run make search")
     return settings
 
 

@@ -130,7 +130,7 @@ def _half_shrink(rows: Rows) -> Rows:
     return _grown(rows, slope.rsqrt(), cross)
 
 
-def _start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
+def start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
     """Rows [B, N, K] with their first super scale, nothing encoded yet; and the unit [B, N] they were divided by.
 
     The unit is a power of two, so that no square overflows and nothing is rounded.
@@ -255,9 +255,9 @@ class Pipeline:
         A row on which the plain encoder does better in the metric, should there be one, is taken from there.
         """
         metric = make_metric(h, self.damping)
-        start, unit = _start(w, metric)
-        plain = encode_plain(start, metric, self.books, self.kernels)
-        rows = encode_calibrated(start, metric, self.books, self.kernels, self.passes).better(plain)
+        first, unit = start(w, metric)
+        plain = encode_plain(first, metric, self.books, self.kernels)
+        rows = encode_calibrated(first, metric, self.books, self.kernels, self.passes).better(plain)
         size = unit.double().square()  # beyond float32 for weights that are within
         d = (rows.d * unit).clamp(max=D_LIMIT)
         square, square_error = rows.w.square().sum(1), rows.e.square().sum(1)
