@@ -17,8 +17,8 @@ class MatrixStats:
 
     `error` is |W - Ŵ|² / |W|². `metric_error` is the same in the calibration metric, tr(E H Eᵀ) / tr(W H Wᵀ) with
     E = W - Ŵ and H the second moments of the inputs; `plain_metric_error` is that of the plain encoder, with one
-    code map for all rows. `tokens` counts the calibration tokens that were routed to the expert, `scales` how many groups have scale
-    0 … 15.
+    code map for all rows. `tokens` counts the calibration tokens that were routed to the expert, `scales` how many
+    groups have scale 0 … 15.
     """
 
     layer: int
