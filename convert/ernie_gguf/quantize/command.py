@@ -149,7 +149,7 @@ def _settings(device: Device | None, threads: int, maps: int) -> Settings:
     torch.backends.cuda.matmul.allow_tf32 = False  # ten bits would drown the errors that are to be made small
     settings = Settings((device or (Device.CUDA if gpu else Device.CPU)).value, threads, maps)
     if settings.device == "cpu" and not settings.compiled:
-        _say("note: the compiled search is not there, torch takes its place and takes six times as long: run make search")
+        _say("note: the compiled search is not there, torch takes its place and six times as long: run make search")
     return settings
 
 

@@ -165,9 +165,10 @@ _ABOUT = """\
 Errors are relative: 0 is exact, 1 is as bad as zeros. *Error* is |W - Ŵ|² / |W|². *Metric error* is the same weighted
 by what the calibration text feeds the matrix, tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ and H the second moments of the
 inputs: this is what the encoder makes small. *Plain* is the metric error of the encoder without calibration (with the
-first code map of the pool for all rows), *ratio* the metric error over it. Errors of several experts are means weighted by their numbers of weights, ratios are ratios
-of such means. *Tokens* are the calibration tokens that were routed to an expert, *min* and *median* over the experts;
-*unseen* counts the experts that saw none. `report.json` has the same for every expert by itself.
+first code map of the pool for all rows), *ratio* the metric error over it. Errors of several experts are means weighted
+by their numbers of weights, ratios are ratios of such means. *Tokens* are the calibration tokens that were routed to an
+expert, *min* and *median* over the experts; *unseen* counts the experts that saw none. `report.json` has the same for
+every expert by itself.
 """
 
 
