@@ -16,6 +16,9 @@ from .processes import accepts, free_port, running
 pytestmark = pytest.mark.build
 
 PROMPTS = ("def main():", "import os\n")
+# A server multiplies q8_0 without the repacking of the local CPU backend, which rounds activations differently: the
+# perplexity of ernie-tiny in ccq2 differs by .1 %, with llama.cpp's --no-repack by nothing. So near ties fall
+# differently; bf16 is not repacked, and is sampled from too.
 COMPLETE = """
 import sys
 from ernie_llama import Llama, info
@@ -23,7 +26,8 @@ model, servers, *prompts = sys.argv[1:]
 with Llama(model, n_ctx=512, n_threads=1, rpc_servers=servers, n_gpu_layers=-1 if servers else 0) as llm:
     for prompt in prompts:
         print(repr(llm(prompt, max_tokens=32, temperature=0)["choices"][0]["text"]))
-        print(repr(llm(prompt, max_tokens=32, seed=42)["choices"][0]["text"]))
+        if "bf16" in model:
+            print(repr(llm(prompt, max_tokens=32, seed=42)["choices"][0]["text"]))
 print([device.name for device in info().devices if "RPC" in device.name], file=sys.stderr)
 """
 
@@ -85,12 +89,13 @@ def test_two_servers_share_the_layers_and_write_the_same(
         assert re.search(rf"RPC\d\[{server}\] model buffer size = +[1-9]", shared.stderr)
 
 
-def test_the_bindings_do_it_too(llama_bin: Path, tiny_ccq2_gguf: Path, servers: str) -> None:
+@pytest.mark.parametrize("gguf", ["tiny_ccq2_gguf", "tiny_bf16_gguf"])
+def test_the_bindings_do_it_too(llama_bin: Path, request: pytest.FixtureRequest, gguf: str, servers: str) -> None:
     environment = {**os.environ, "ERNIE_LLAMA_LIB_PATH": str(llama_bin)}
 
     def write(where: str) -> subprocess.CompletedProcess[str]:
         # A process of its own: servers stay for the rest of a process.
-        command = [sys.executable, "-c", COMPLETE, str(tiny_ccq2_gguf), where, *PROMPTS]
+        command = [sys.executable, "-c", COMPLETE, str(request.getfixturevalue(gguf)), where, *PROMPTS]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
 
     shared = write(servers)

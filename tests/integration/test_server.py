@@ -297,7 +297,7 @@ def test_tools(_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
         "tool_choice": "required",
         "max_tokens": 200,
         "temperature": 0.8,
-        "seed": 3,
+        "seed": 1,
     }
     with serving(tiny_ccq2_gguf, tmp_path / "log", "--chat-template-file", template) as server:
         client = server.client()
