@@ -224,7 +224,7 @@ class _Planner:
             if kind is GgmlType.CCQ2:
                 self.fail(
                     f"tensor {want.name}: rows of {k} weights do not fit ccq2, which needs a multiple of "
-                    f"{block_size(kind)}; use --outtype q8_0"
+                    f"{block_size(kind)}; use convert --outtype q8_0"
                 )
             note = f"rows of {k} are no multiple of {block_size(kind)}: f16 instead of {kind.name.lower()}"
             kind = GgmlType.F16  # upstream's fallback

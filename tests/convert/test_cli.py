@@ -213,7 +213,7 @@ def test_ccq2_and_rows_of_320(ernie_gguf: Command, tmp_path: Path) -> None:
         1,
         "",
         "error: tensor blk.1.ffn_down_exps.weight: rows of 320 weights do not fit ccq2, which needs a multiple of 256; "
-        "use --outtype q8_0\n",
+        "use convert --outtype q8_0\n",
     )
     assert snapshot(tmp_path) == before
 

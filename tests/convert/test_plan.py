@@ -186,7 +186,7 @@ def test_rows_that_do_not_fill_a_q8_0_block_become_f16() -> None:
 def test_ccq2_needs_rows_of_256() -> None:
     message = (
         "^tensor blk.1.ffn_down_exps.weight: rows of 320 weights do not fit ccq2, which needs a multiple of 256; "
-        "use --outtype q8_0; tensor blk.2.ffn_down_exps.weight: "
+        "use convert --outtype q8_0; tensor blk.2.ffn_down_exps.weight: "
     )
     with pytest.raises(PlanError, match=message):
         plan(replace(SPLIT, expert_width=320), Outtype.CCQ2)

@@ -269,6 +269,12 @@ NOT_FINITE = (
             NAN,
             f"layer 1: the router's weights for the experts are {NOT_FINITE}",
         ),
+        (
+            "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+            2,
+            NAN,
+            "tensor blk.1.exp_probs_b.bias: row 0, column 2: nan ranks no expert",
+        ),
     ],
 )
 def test_weights_that_are_not_finite(
