@@ -156,10 +156,10 @@ def start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
 
 
 def _empty(rows: Rows, member: int) -> tuple[Rows, torch.Tensor]:
-    """The same rows, not encoded, with one code map for all; and the members of their lane blocks [B, N/16]."""
+    """The same rows, not encoded, all with one code map; and the members [B, N/16] in a pool of that one: zeros."""
     fresh = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales")}
     out = replace(rows, **fresh, cost=torch.zeros_like(rows.cost), member=torch.full_like(rows.member, member))
-    return out, out.member[:, ::LANES].contiguous()
+    return out, torch.zeros_like(out.member[:, ::LANES])
 
 
 def encode_plain(rows: Rows, metric: Metric, books: Books, kernels: Kernels) -> Rows:
@@ -167,7 +167,7 @@ def encode_plain(rows: Rows, metric: Metric, books: Books, kernels: Kernels) -> 
     out, blocks = _empty(rows, 0)
     plain = plain_metric(len(rows.w), rows.w.device)
     for _, _, views in _groups(out, blocks):
-        kernels.feedback_group(views, views.w, plain, books, out.cost)
+        kernels.feedback_group(views, views.w, plain, books.only(0), out.cost)
     shrunk = _half_shrink(replace(out, hw=rows.w))  # by squared error: H = I
     return replace(shrunk, hw=rows.hw, cost=((metric.h @ shrunk.e) * shrunk.e).sum(1))
 
@@ -177,7 +177,7 @@ def encode_calibrated(rows: Rows, metric: Metric, books: Books, kernels: Kernels
     best: Rows | None = None
     for member in range(len(books.maps)):
         tried, blocks = _empty(rows, member)
-        _feed_back(tried, blocks, metric, books, kernels)
+        _feed_back(tried, blocks, metric, books.only(member), kernels)
         best = tried if best is None else best.better(tried)
     assert best is not None  # noqa: S101 - a pool is never empty
     order, blocks = _lane_order(best.member, len(books.maps))

@@ -31,6 +31,10 @@ class Books:
     maps: torch.Tensor
     words: torch.Tensor
 
+    def only(self, member: int) -> "Books":
+        """One of them: tables need not be made for the others."""
+        return Books(self.maps[member : member + 1], self.words[member : member + 1])
+
 
 def make_books(pool: tuple[tuple[int, int], ...], device: str = "cpu") -> Books:
     """The code maps and their codewords."""
