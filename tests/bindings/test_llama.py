@@ -209,13 +209,17 @@ def load():
     if sys.argv[2] == "closed":
         llm.close()
 
+def collect():
+    for _ in range(2):  # a model becomes garbage when its context is gone
+        gc.collect()
+
 for _ in range(5):  # until malloc's arenas have their size
     load()
-gc.collect()
+collect()
 before = resident_bytes()
 for _ in range(200):
     load()
-gc.collect()
+collect()
 print(resident_bytes() - before)
 """
 
