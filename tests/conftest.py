@@ -18,6 +18,10 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "ernie-tiny"
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell sets it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def llama_bin() -> Path:
     """The bin folder of the patched build; `make test` names it, and then it must be there."""
