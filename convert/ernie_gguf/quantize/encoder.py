@@ -107,9 +107,13 @@ def _descend(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, ker
         kernels.descend_group(views, metric.h[:, here] @ rows.e, metric.group(group), books, rows.cost)
 
 
-def _grown(rows: Rows, grow: torch.Tensor, cross: torch.Tensor) -> Rows:
-    """All super scales times `grow` [B, N]; `cross` is W H Ŵᵀ."""
-    power = (rows.hw * rows.w).sum(1)  # W H Wᵀ
+def _products(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """W H Wᵀ and W H Ŵᵀ of each row, [B, N]."""
+    return (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
+
+
+def _grown(rows: Rows, grow: torch.Tensor, power: torch.Tensor, cross: torch.Tensor) -> Rows:
+    """All super scales times `grow` [B, N]; `power` and `cross` are the rows' products."""
     whole = rows.cost + 2 * cross - power  # Ŵ H Ŵᵀ
     e = rows.w - (rows.w - rows.e) * grow[:, None]
     return replace(rows, d=rows.d * grow, e=e, cost=power - 2 * grow * cross + grow * grow * whole)
@@ -117,17 +121,17 @@ def _grown(rows: Rows, grow: torch.Tensor, cross: torch.Tensor) -> Rows:
 
 def _refit(rows: Rows) -> Rows:
     """Super scales by least squares in the metric, everything else fixed."""
-    power, cross = (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
+    power, cross = _products(rows)
     whole = rows.cost + 2 * cross - power
     usual = (cross > 0) & (whole > 0)
-    return _grown(rows, torch.where(usual, cross / torch.where(usual, whole, 1), 1), cross)
+    return _grown(rows, torch.where(usual, cross / torch.where(usual, whole, 1), 1), power, cross)
 
 
 def _half_shrink(rows: Rows) -> Rows:
     """Undo half of least squares' shrinkage: d / sqrt(slope), slope = (W H Ŵᵀ) / (W H Wᵀ)."""
-    power, cross = (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
+    power, cross = _products(rows)
     slope = torch.where(power > 0, cross / torch.where(power > 0, power, 1), 1).clamp(0.25, 1)
-    return _grown(rows, slope.rsqrt(), cross)
+    return _grown(rows, slope.rsqrt(), power, cross)
 
 
 def start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:

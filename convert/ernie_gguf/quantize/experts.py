@@ -107,7 +107,9 @@ class ExpertEncoder:
     def _seen(self, expert: int) -> _Seen:
         inputs = self._inputs
         tokens, share = inputs.routed(expert)
-        return _Seen(expert, tokens, share.to(inputs.device), inputs.h[tokens].to(inputs.device), inputs.sample())
+        # Of an expert that does not lean, none: its hidden values would be computed for nothing.
+        sample = inputs.sample() if len(tokens) < LEAN_BELOW else inputs.h[:0].to(inputs.device)
+        return _Seen(expert, tokens, share.to(inputs.device), inputs.h[tokens].to(inputs.device), sample)
 
     def _encode(self, projections: Sequence[str], seen: Sequence[_Seen]) -> Encoded:
         """Matrices with the same inputs, one below the other, of several experts."""
