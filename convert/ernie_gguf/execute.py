@@ -52,18 +52,26 @@ def data_nbytes(plan: Plan) -> int:
     return sum(padded(tensor.nbytes) for tensor in plan.tensors)
 
 
+def offsets(plan: Plan, data_offset: int) -> dict[str, int]:
+    """Where in the file each tensor begins, by name."""
+    found, at = {}, data_offset
+    for tensor in plan.tensors:
+        found[tensor.name] = at
+        at += padded(tensor.nbytes)
+    return found
+
+
 def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
     """Cut a plan into pieces, in the order of the output file."""
-    start = data_offset
+    starts = offsets(plan, data_offset)
     for tensor in plan.tensors:
-        offset = start
+        offset = starts[tensor.name]
         for part in tensor.parts:
             step = part.source.packing.rows_at_once(part.source, _copied(part, tensor))
             for row in range(part.row, part.row + part.rows, step):
                 piece = Piece(tensor, part, row, min(step, part.row + part.rows - row), offset)
                 offset += piece.nbytes
                 yield piece
-        start += padded(tensor.nbytes)
 
 
 def pwrite(fd: int, data: memoryview, offset: int) -> None:

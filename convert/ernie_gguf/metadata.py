@@ -14,7 +14,7 @@ from .ccq_paddle import CCQ2
 from .config import ErnieConfig, MoeConfig
 from .gguf_io import LAYOUT_KEY, LAYOUT_VERSION, set_uint32
 from .outtype import Outtype
-from .plan import Plan
+from .plan import Plan, is_expert
 from .types import GgmlType
 from .vocab import Vocab
 
@@ -33,7 +33,7 @@ FILE_TYPES: dict[Outtype, int] = {
 
 def _size_label(config: ErnieConfig, plan: Plan) -> str:
     """As upstream labels models: "21B", or "64x300M" with the experts counted once."""
-    experts = sum(tensor.elements for tensor in plan.tensors if "_exps." in tensor.name)
+    experts = sum(tensor.elements for tensor in plan.tensors if is_expert(tensor))
     total = sum(tensor.elements for tensor in plan.tensors)
     count = config.moe.experts if config.moe else 0
     label: str = size_label(total, total - experts, experts // count if count else 0, count)

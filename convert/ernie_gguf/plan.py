@@ -81,6 +81,11 @@ class TensorPlan:
         return self.elements // self.shape[-1] * self.row_nbytes
 
 
+def is_expert(tensor: TensorPlan) -> bool:
+    """Whether it holds a layer's experts, one matrix each."""
+    return "_exps." in tensor.name
+
+
 @dataclass(frozen=True)
 class Plan:
     """All of a conversion, in the order of writing. `outtype` is never AUTO; `dropped` pairs tensors with reasons."""

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from ..convert import Job
-from .run import Listener, Step, is_expert
+from ..plan import is_expert
+from .run import Listener, Step
 
 
 class Tally:

@@ -20,10 +20,9 @@ from ..checkpoint import ShardReader
 from ..config import MoeConfig
 from ..convert import Job, header, model_name
 from ..errors import ErnieGgufError, OutputError
-from ..execute import check_output, data_nbytes, pwrite, write_tensors
-from ..gguf_io import padded
+from ..execute import check_output, data_nbytes, offsets, pwrite, write_tensors
 from ..packing import COLUMNS, FIRST_ROW, ROWS
-from ..plan import Plan, TensorPlan
+from ..plan import is_expert
 from ..pool import POOL
 from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
@@ -193,29 +192,16 @@ class _Run:
             yield from batch
 
 
-def _offsets(plan: Plan, data_offset: int) -> dict[str, int]:
-    offsets, at = {}, data_offset
-    for tensor in plan.tensors:
-        offsets[tensor.name] = at
-        at += padded(tensor.nbytes)
-    return offsets
-
-
-def is_expert(tensor: TensorPlan) -> bool:
-    """Whether it is quantized here; all others are written as `convert` writes them."""
-    return "_exps." in tensor.name
-
-
 def _embed(run: _Run, chunks: torch.Tensor, out: torch.Tensor) -> None:
     step = max(1, _EMBED_TOKENS // chunks.shape[1])
     for s in range(0, len(chunks), step):
         out[s : s + step] = embed(run.weights, chunks[s : s + step]).to(out.device)
 
 
-def _write_expert(fd: int, offsets: dict[str, int], layer: int, encoded: EncodedExpert) -> None:
+def _write_expert(fd: int, starts: dict[str, int], layer: int, encoded: EncodedExpert) -> None:
     for projection, rows in encoded.data.items():
         name = f"blk.{layer}.ffn_{projection}_exps.weight"
-        pwrite(fd, memoryview(rows.data).cast("B"), offsets[name] + encoded.expert * rows.nbytes)
+        pwrite(fd, memoryview(rows.data).cast("B"), starts[name] + encoded.expert * rows.nbytes)
 
 
 def _check_finite(x: torch.Tensor, layer: int, what: str) -> None:
@@ -289,13 +275,13 @@ def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener
             _embed(run, chunks, work.activations(0, shape, new=True))
         else:
             listen(Step(work.done - 1, None, tuple(work.stats)))
-        offsets = _offsets(job.plan, work.data_offset)
+        starts = offsets(job.plan, work.data_offset)
         for number in range(work.done, job.config.layers):
             layer_begun = time.monotonic()
             out = work.activations(number + 1, shape, new=True)
             found: list[MatrixStats] = []
             for encoded in run.layer(number, work.activations(number, shape), out):
-                _write_expert(fd, offsets, number, encoded)
+                _write_expert(fd, starts, number, encoded)
                 found += encoded.stats
                 listen(Step(number, encoded.expert, encoded.stats))
             work.finish_layer(number, found, time.monotonic() - layer_begun, fd)
