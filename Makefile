@@ -18,7 +18,7 @@ DEMO  := $(BUILD_DIR)/demo
 BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
 SEARCH := $(BUILD_DIR)/search/libccq_search.so
-SEARCH_LIB := convert/ernie_gguf/lib
+SEARCH_LIB := convert/ernie_gguf/ccq2/lib
 
 TOOLS := llama-server llama-cli llama-completion llama-bench llama-perplexity llama-quantize llama-imatrix \
          llama-tokenize llama-gguf-split ggml-rpc-server test-backend-ops test-quantize-fns
@@ -34,7 +34,7 @@ build_newer = if [ ! -e $(1)/.built ] || [ $(1)/build.ninja -nt $(1)/.built ] ||
 # The patched sources that a build follows from.
 SERIES := $(wildcard ggml_patch/*.patch) ggml_patch/series ggml_patch/upstream.txt $(shell find ggml_patch/src -type f)
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq_search.cpp
+C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
@@ -83,7 +83,7 @@ $(CPU)/build.ninja: $(BUILD_DIR)/.patched Makefile
 	$(CMAKE) -B $(CPU) $(LLAMA_CMAKE_ARGS) > $(BUILD_DIR)/cmake-cpu.log 2>&1 || { cat $(BUILD_DIR)/cmake-cpu.log; exit 1; }
 	@touch $@
 
-$(SEARCH): convert/ernie_gguf/ccq_search.cpp
+$(SEARCH): convert/ernie_gguf/ccq2/search.cpp
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O3 -march=native -fno-math-errno -Wall -Wextra -shared -fPIC -o $@ $<
 
@@ -113,7 +113,7 @@ $(DEMO)/ernie-tiny-%.gguf: $(TINY) $(PYTHON_SOURCES) | $(BIN)/ernie-gguf
 	$(BIN)/ernie-gguf convert examples/ernie-tiny --outfile $@ --outtype $* --overwrite
 
 demo: build $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf ## convert the example checkpoint to BF16 and ccq2, and let both write
-	$(BIN)/python scripts/demo.py $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf
+	$(BIN)/python examples/demo.py $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf
 
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest

@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from full_size import Entry, Size, nbytes, write_frame, write_header, write_sparse
+from support.full_size import Entry, Size, nbytes, write_frame, write_header, write_sparse
 
 POOL = 1 << 25  # random bytes that all codes are cut from
 

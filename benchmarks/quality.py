@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import machine, progress, report
-from ernie_gguf.gguf_io import GgufFile, read_gguf
-from ernie_gguf.types import ccq2_row_size
+from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
+from ernie_gguf.gguf_file.types import ccq2_row_size
 from rich.table import Table
 
 REPOSITORY = Path(__file__).parents[1]

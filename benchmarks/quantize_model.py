@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from common import machine, report
 from convert_speed import REPOSITORY, make_checkpoint
-from ernie_gguf.checkpoint import read_headers
+from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.checkpoint.shards import read_headers
 from ernie_gguf.convert import prepare
-from ernie_gguf.outtype import Outtype
-from ernie_gguf.pool import POOL
+from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.quantize.run import Step, quantize
 from ernie_gguf.quantize.settings import Settings
 from ernie_gguf.quantize.text import calibration_chunks

@@ -16,7 +16,7 @@ from typing import ParamSpec
 
 import torch
 from common import machine, report
-from ernie_gguf.pool import POOL
+from ernie_gguf.ccq2.code_maps import POOL
 from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
 from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
 from ernie_gguf.quantize.metric import make_metric

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from ernie_gguf.gguf_io import LAYOUT_KEY, LAYOUT_VERSION, padded, write_header
-from ernie_gguf.pool import POOL
-from ernie_gguf.types import ccq2_row_size
+from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, padded, write_header
+from ernie_gguf.gguf_file.types import ccq2_row_size
 from gguf import GGUFWriter
 
 ARCH = "ernie4_5-moe"

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import Command, Done
 from ernie_gguf import cli
 from ernie_gguf.convert import prepare, run
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
+from support.command_line import Command, Done
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "ernie-tiny"

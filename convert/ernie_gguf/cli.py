@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from .chat import chat
 from .errors import ErnieGgufError
-from .outtype import FloatType, Outtype
+from .gguf_file.outtype import FloatType, Outtype
 from .quantize.command import quantize
-from .serve import serve
+from .serving.chat import chat
+from .serving.serve import serve
 
 if TYPE_CHECKING:
-    from .execute import Progress
+    from .write import Progress
 
 _LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
 
@@ -121,8 +121,8 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report  # noqa: PLC0415
     from .convert import output_path, prepare, run, split_plan  # noqa: PLC0415
-    from .split import parse_size, split_paths  # noqa: PLC0415
-    from .types import GgmlType  # noqa: PLC0415
+    from .gguf_file.split import parse_size, split_paths  # noqa: PLC0415
+    from .gguf_file.types import GgmlType  # noqa: PLC0415
 
     try:
         split_bytes = None if split_max_size is None else parse_size(split_max_size)
@@ -149,7 +149,7 @@ def inspect(
 ) -> None:
     """Show a GGUF file's metadata, tensors, sizes and bits per weight."""
     from . import report  # noqa: PLC0415
-    from .gguf_io import read_gguf  # noqa: PLC0415
+    from .gguf_file.reader import read_gguf  # noqa: PLC0415
 
     gguf = read_gguf(file)
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
@@ -165,10 +165,10 @@ def verify(
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from; exit code 1 if one is wrong."""
     from .convert import prepare  # noqa: PLC0415
-    from .gguf_io import read_gguf  # noqa: PLC0415
+    from .gguf_file.reader import read_gguf  # noqa: PLC0415
     from .report import show  # noqa: PLC0415
-    from .report_verify import verdicts_json, verdicts_table  # noqa: PLC0415
-    from .verify import verify as compare  # noqa: PLC0415
+    from .verify.compare import verify as compare  # noqa: PLC0415
+    from .verify.report import verdicts_json, verdicts_table  # noqa: PLC0415
 
     gguf = read_gguf(file)
     job = prepare(source, Outtype.F32, text_only)  # the types of the file count, not the plan's
@@ -186,7 +186,7 @@ app.command()(chat)
 
 def _mention_leftovers(folder: Path) -> None:
     """Name what runs that were killed have left behind; their names and first bytes say that they are no models."""
-    from .execute import leftovers  # noqa: PLC0415
+    from .write import leftovers  # noqa: PLC0415
 
     for path in leftovers(folder):
         sys.stderr.write(f"note: {path} is left from a run that was killed; remove it\n")

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from .checkpoint import read_headers
-from .config import ErnieConfig, read_config
+from .checkpoint.config import ErnieConfig, read_config
+from .checkpoint.shards import read_headers
+from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
-from .execute import Progress, data_nbytes, replacing, write_tensors
-from .gguf_io import add_tensor, free_bytes, unfinished
+from .gguf_file.outtype import Outtype
+from .gguf_file.reader import add_tensor, free_bytes, unfinished
+from .gguf_file.split import add_split_keys, split_paths, split_sizes
+from .gguf_file.types import GgmlType
 from .losses import Losses
 from .metadata import set_inexact_rows, write_layout, write_metadata
-from .outtype import Outtype
 from .plan import Plan, make_plan
-from .split import add_split_keys, split_paths, split_sizes
-from .types import GgmlType
-from .vocab import Vocab, read_vocab
+from .write import Progress, data_nbytes, replacing, write_tensors
 
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
 

@@ -10,13 +10,13 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 from gguf.utility import size_label
 
-from .ccq_paddle import CCQ2
-from .config import ErnieConfig, MoeConfig
-from .gguf_io import LAYOUT_KEY, LAYOUT_VERSION, set_uint32
-from .outtype import Outtype
+from .checkpoint.config import ErnieConfig, MoeConfig
+from .checkpoint.paddle_ccq import CCQ2
+from .checkpoint.vocab import Vocab
+from .gguf_file.outtype import Outtype
+from .gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, set_uint32
+from .gguf_file.types import GgmlType
 from .plan import Plan, is_expert
-from .types import GgmlType
-from .vocab import Vocab
 
 INEXACT_KEY = "ernie_gguf.ccq.inexact_rows"  # of a repacked 2-bit checkpoint
 

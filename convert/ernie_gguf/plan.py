@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
-from .ccq_paddle import CCQ2
-from .checkpoint import TensorHeader
-from .config import ErnieConfig, MoeConfig
+from .checkpoint.config import ErnieConfig, MoeConfig
+from .checkpoint.names import Names, collect
+from .checkpoint.paddle_ccq import CCQ2
+from .checkpoint.paddle_int import INT4, INT8
+from .checkpoint.shards import TensorHeader
+from .checkpoint.storage import Packing, Source, problem_of
 from .errors import PlanError
-from .names import Names, collect
-from .outtype import Outtype
-from .packing import Packing, Source, problem_of
-from .paddle_int import INT4, INT8
-from .types import GgmlType, block_size, row_size
+from .gguf_file.outtype import Outtype
+from .gguf_file.types import GgmlType, block_size, row_size
 
 _SHOWN = 3  # how many of many like errors a message spells out
 

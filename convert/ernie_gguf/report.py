@@ -11,10 +11,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .convert import Result
-from .execute import data_nbytes
-from .gguf_io import GgufFile
+from .gguf_file.reader import GgufFile
 from .losses import NONE, Losses
 from .plan import Plan
+from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
 _LONG_TEXT = 120

@@ -14,13 +14,13 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
-from . import ccq2
-from .ccq_fit import affine_codes, fit_codes
-from .encode import encode_rows
+from .ccq2 import rows as ccq2
+from .ccq2.encode import encode_rows
+from .ccq2.fit import affine_codes, fit_codes
+from .checkpoint.values import CcqChannels, ChannelInts, FloatRows, Values, to_float32
 from .errors import EncodeError
+from .gguf_file.types import BLOCKS, GgmlType, ccq2_row_size
 from .losses import NONE, Losses
-from .types import BLOCKS, GgmlType, ccq2_row_size
-from .values import CcqChannels, ChannelInts, FloatRows, Values, to_float32
 
 Rows = npt.NDArray[Any]  # [rows, K] in the checkpoint's dtype; bfloat16 as uint16
 F32Rows = npt.NDArray[np.float32]  # [rows, K]

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_gguf import encode
-from ernie_gguf.ccq2 import Ccq2Rows, dequantize_rows, pack_rows
-from ernie_gguf.encode import encode_rows
-from ernie_gguf.types import ccq2_row_size
+from ernie_gguf.ccq2 import encode
+from ernie_gguf.ccq2.encode import encode_rows
+from ernie_gguf.ccq2.rows import Ccq2Rows, dequantize_rows, pack_rows
+from ernie_gguf.gguf_file.types import ccq2_row_size
 
 pytestmark = pytest.mark.build
 

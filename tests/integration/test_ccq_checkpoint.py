@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_gguf.convert import prepare, run
-from ernie_gguf.gguf_io import read_gguf
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_llama import Llama
-from paddle_checkpoints import make_two_bits
 from reference.golden import Comparison, Floats, Golden, checkpoint_sha256
 from reference.two_bits import NAME
+from support.paddle import make_two_bits
 
 pytestmark = pytest.mark.build
 

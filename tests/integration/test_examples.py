@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from ernie_llama import Llama
-
-from .processes import accepts, free_port, running
+from support.servers import accepts, free_port, running
 
 pytestmark = pytest.mark.build
 

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 from ernie_gguf.convert import prepare, run
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_llama import Llama, _library
 from reference import specimens
 from reference.golden import Comparison, Floats, Golden, GoldenPrompt, checkpoint_sha256

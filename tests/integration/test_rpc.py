@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from .processes import accepts, free_port, running
+from support.servers import accepts, free_port, running
 
 pytestmark = pytest.mark.build
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ernie_gguf.serve import DEFAULTS, ServeError, server_command
+from ernie_gguf.serving.serve import DEFAULTS, ServeError, server_command
 from ernie_llama import Llama
-
-from .processes import accepts, free_port, running
+from support.servers import accepts, free_port, running
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from ernie_llama import Llama
-
-from .processes import free_port, running
+from support.servers import free_port, running
 
 pytestmark = pytest.mark.build
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ernie_gguf.convert import prepare, run
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
 from reference import specimens, upstream
 from reference.golden import checkpoint_sha256
 from reference.upstream import OUTTYPES, Contents

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import make
-from command_line import Command, Done
+from support.checkpoints import make
+from support.command_line import Command, Done
 
 from quantize.small import QUICK, SMALL, Quantize
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from ernie_gguf.ccq2 import codebook
+from ernie_gguf.ccq2.rows import codebook
 from ernie_gguf.quantize.kernels import CompiledKernels, Kernels, TorchKernels
 
 F64 = npt.NDArray[np.float64]

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from checkpoints import Spec
-from command_line import Done
+from support.checkpoints import Spec
+from support.command_line import Done
 
 SMALL = Spec(layers=3, experts=4, used=2, fused=True)  # layer 0 is dense
 QUICK = ("--maps", "2", "--ctx-size", "128", "--threads", "1", "--device", "cpu")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import EXAMPLE
-from ernie_gguf import decode
-from ernie_gguf.checkpoint import ShardReader
-from ernie_gguf.config import ErnieConfig
+from ernie_gguf.checkpoint.config import ErnieConfig
+from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.convert import prepare
-from ernie_gguf.gguf_io import read_gguf
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.verify import decode
+from support.checkpoints import EXAMPLE
 
 from quantize.small import Quantize
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import make
-from command_line import Command
 from ernie_gguf.errors import OutputError
+from support.checkpoints import make
+from support.command_line import Command
 
 from quantize.small import QUICK, SMALL, Quantize
 

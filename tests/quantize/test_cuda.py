@@ -11,17 +11,17 @@ torch = pytest.importorskip("torch", reason="the extra `quantize` is not install
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
-from ernie_gguf.ccq2 import dequantize_rows  # noqa: E402
+from ernie_gguf.ccq2.code_maps import POOL  # noqa: E402
+from ernie_gguf.ccq2.rows import dequantize_rows  # noqa: E402
 from ernie_gguf.convert import prepare  # noqa: E402
-from ernie_gguf.gguf_io import read_gguf  # noqa: E402
-from ernie_gguf.outtype import Outtype  # noqa: E402
-from ernie_gguf.pool import POOL  # noqa: E402
+from ernie_gguf.gguf_file.outtype import Outtype  # noqa: E402
+from ernie_gguf.gguf_file.reader import read_gguf  # noqa: E402
 from ernie_gguf.quantize.encoder import Pipeline  # noqa: E402
 from ernie_gguf.quantize.kernels import TorchKernels, kernels_for, make_books  # noqa: E402
+from ernie_gguf.quantize.kernels_triton import TritonKernels  # noqa: E402
 from ernie_gguf.quantize.run import quantize  # noqa: E402
 from ernie_gguf.quantize.settings import Settings  # noqa: E402
 from ernie_gguf.quantize.text import calibration_chunks  # noqa: E402
-from ernie_gguf.quantize.triton_search import TritonKernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the encoder needs it")
 
 import torch
-from ernie_gguf.ccq2 import dequantize_rows, unpack_rows
+from ernie_gguf.ccq2.rows import dequantize_rows, unpack_rows
 from ernie_gguf.quantize.encoder import Encoded, Pipeline, _inverse_order, _lane_order
 from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, TorchKernels, make_books
 from ernie_gguf.quantize.metric import GroupMetric

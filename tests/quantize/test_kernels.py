@@ -421,6 +421,6 @@ def test_only_its_own_rows_are_written(kernels: Kernels) -> None:
 
 def test_without_triton_a_gpu_has_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "ernie_gguf.quantize.triton_search", raising=False)
+    monkeypatch.delitem(sys.modules, "ernie_gguf.quantize.kernels_triton", raising=False)
     assert type(kernels_for("cuda")) is TorchKernels
     assert capsys.readouterr().err.startswith("note: Triton does not work here (")

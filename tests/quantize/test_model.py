@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import F32, Spec, from_bf16, make, to_bf16, weights
-from ernie_gguf.checkpoint import ShardReader
-from ernie_gguf.config import ErnieConfig
+from ernie_gguf.checkpoint.config import ErnieConfig
+from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.convert import prepare
-from ernie_gguf.outtype import Outtype
-from paddle_checkpoints import make_plain, make_two_bits
+from ernie_gguf.gguf_file.outtype import Outtype
 from reference import specimens
 from reference.golden import Golden
+from support.checkpoints import F32, Spec, from_bf16, make, to_bf16, weights
+from support.paddle import make_plain, make_two_bits
 
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the forward pass needs it")
 

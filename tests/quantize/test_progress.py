@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from checkpoints import EXAMPLE
 from ernie_gguf.convert import prepare
-from ernie_gguf.outtype import Outtype
+from ernie_gguf.gguf_file.outtype import Outtype
+from support.checkpoints import EXAMPLE
 
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from ernie_gguf.gguf_io import GgufFile, GgufTensor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import quality
+from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "ernie-tiny"

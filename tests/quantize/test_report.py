@@ -14,13 +14,7 @@ import pytest
 from ernie_gguf.errors import ErnieGgufError, OutputError
 from ernie_gguf.quantize import report
 from ernie_gguf.quantize.pictures import PICTURES, Picture
-from ernie_gguf.quantize.report import (
-    QuantizeSummary,
-    check_report_folder,
-    summary_json,
-    summary_table,
-    write_report,
-)
+from ernie_gguf.quantize.report import QuantizeSummary, check_report_folder, summary_json, summary_table, write_report
 from ernie_gguf.quantize.stats import MatrixStats, by_tensor
 from rich.console import Console
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from checkpoints import EXAMPLE, F32, Spec, Stored, config, make, stored, to_bf16, write_tensors
-from command_line import Command, snapshot
-from ernie_gguf import ccq2, decode
+from ernie_gguf.ccq2 import rows as ccq2
 from ernie_gguf.convert import prepare, run
-from ernie_gguf.gguf_io import read_gguf
-from ernie_gguf.outtype import Outtype
-from paddle_checkpoints import make_plain, make_two_bits, quantized, write
-from vl_checkpoints import make_vl
+from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.verify import decode
+from support.checkpoints import EXAMPLE, F32, Spec, Stored, config, make, stored, to_bf16, write_tensors
+from support.command_line import Command, snapshot
+from support.paddle import make_plain, make_two_bits, quantized, write
+from support.vl import make_vl
 
 from quantize.small import SMALL, Quantize
 

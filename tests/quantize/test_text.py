@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import EXAMPLE, copy_tokenizer
-from ernie_gguf.config import read_config
+from ernie_gguf.checkpoint.config import read_config
 from ernie_gguf.errors import TokenizerError
 from ernie_gguf.quantize import text as text_module
 from ernie_gguf.quantize.text import Calibration, CalibrationError, calibration_chunks
 from sentencepiece import SentencePieceProcessor
+from support.checkpoints import EXAMPLE, copy_tokenizer
 
 CONFIG = read_config(EXAMPLE)
 TOKENIZER = SentencePieceProcessor(model_file=str(EXAMPLE / "tokenizer.model"))

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from checkpoints import make
+from support.checkpoints import make
 
 from quantize.small import QUICK, SMALL, Quantize
 
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
-from ernie_gguf.config import ErnieConfig
+from ernie_gguf.checkpoint.config import ErnieConfig
 from ernie_gguf.quantize import run
 from ernie_gguf.quantize.experts import EncodedExpert
 from ernie_gguf.quantize.model import Layer, Weights

@@ -9,8 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from checkpoints import Stored, config, copy_tokenizer, store, write_tensors
-from paddle_checkpoints import TWO_BITS, make_two_bits, split_names
+from support.checkpoints import Stored, config, copy_tokenizer, store, write_tensors
+from support.paddle import TWO_BITS, make_two_bits, split_names
 
 from reference import specimens
 from reference.golden import Golden, GoldenPrompt, checkpoint_sha256

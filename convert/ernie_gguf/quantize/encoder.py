@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..ccq2 import GROUP, Ccq2Rows, pack_rows
-from ..encode import BOOK_RMS, D_LIMIT, TOP_SCALE
+from ..ccq2.encode import BOOK_RMS, D_LIMIT, TOP_SCALE
+from ..ccq2.rows import GROUP, Ccq2Rows, pack_rows
 from .kernels import LANES, QUADS, Books, Kernels, RowGroup
 from .metric import DAMPING, QUAD, Metric, make_metric, plain_metric
 

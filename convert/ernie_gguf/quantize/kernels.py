@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..ccq2 import GROUP, codebook
-from ..encode import BOOK_RMS, SCALE_STEPS
-from ..search import LIBRARY, load
+from ..ccq2.encode import BOOK_RMS, SCALE_STEPS
+from ..ccq2.native import LIBRARY, load
+from ..ccq2.rows import GROUP, codebook
 from .metric import QUAD, GroupMetric
 
 LANES = 16
@@ -163,7 +163,7 @@ def kernels_for(device: str) -> Kernels:
     if device == "cpu":
         return CompiledKernels() if CompiledKernels.available() else TorchKernels()
     try:
-        from .triton_search import TritonKernels  # noqa: PLC0415 - triton is a part of torch's CUDA builds only
+        from .kernels_triton import TritonKernels  # noqa: PLC0415 - triton is a part of torch's CUDA builds only
 
         kernels = TritonKernels()
         kernels.try_out(device)

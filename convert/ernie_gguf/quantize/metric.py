@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ccq2 import GROUP
+from ..ccq2.rows import GROUP
 
 QUAD = 4  # weights of a code byte
 DAMPING = 0.3  # added to the diagonal of H, whose mean is 1

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from ..checkpoint import ShardReader
-from ..config import ErnieConfig
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.shards import ShardReader
+from ..checkpoint.values import FloatRows, Values
 from ..errors import EncodeError
 from ..plan import Part, Plan
 from ..transform import dequantize
-from ..values import FloatRows, Values
 
 _NORM_MIN = 1e-12  # moe_norm_min of every released checkpoint: weights of no size at all are not divided by 0
 

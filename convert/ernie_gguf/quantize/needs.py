@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import ErnieConfig, MoeConfig
+from ..checkpoint.config import ErnieConfig, MoeConfig
 from .settings import Settings
 
 _BESIDE_SHARE = 0.25  # of a GPU's free memory for the activations of a layer

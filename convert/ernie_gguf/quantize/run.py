@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import ShardReader
-from ..config import MoeConfig
+from ..ccq2.code_maps import POOL
+from ..checkpoint.config import MoeConfig
+from ..checkpoint.shards import ShardReader
+from ..checkpoint.storage import COLUMNS, FIRST_ROW, ROWS
 from ..convert import Job, header, model_name
 from ..errors import ErnieGgufError, OutputError
-from ..execute import check_output, data_nbytes, offsets, pwrite, write_tensors
-from ..packing import COLUMNS, FIRST_ROW, ROWS
 from ..plan import is_expert
-from ..pool import POOL
+from ..write import check_output, data_nbytes, offsets, pwrite, write_tensors
 from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
 from .kernels import kernels_for, make_books

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..pool import POOL
+from ..ccq2.code_maps import POOL
 from .encoder import PASSES
 from .kernels import CompiledKernels
 from .metric import DAMPING

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
-from ..config import ErnieConfig
+from ..checkpoint.config import ErnieConfig
+from ..checkpoint.vocab import TOKENIZER, read_vocab
 from ..errors import ErnieGgufError
-from ..vocab import TOKENIZER, read_vocab
 
 MIN_TOKENS = 256  # fewer say next to nothing about 64 experts; a useful text has a hundred thousand
 _PIECE_BYTES = 1 << 20  # of text that is tokenized at once

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from gguf import GGUFWriter
 
+from ..checkpoint.json_object import read_object
 from ..errors import CheckpointError, ErnieGgufError, OutputError
-from ..gguf_io import begin, finish
-from ..jsonfile import read_object
+from ..gguf_file.reader import begin, finish
 from .stats import MatrixStats
 
 MODEL = "model.gguf"

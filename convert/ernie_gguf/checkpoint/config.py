@@ -1,0 +1,249 @@
+"""config.json -> ErnieConfig, every value checked before anything uses it."""
+
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .json_object import read_object, shown
+from .quant_config import QuantConfig, parse_quant_config
+
+# Hugging Face architecture -> GGUF architecture
+ARCHITECTURES = {
+    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "Ernie4_5_ForCausalLM": "ernie4_5",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+}
+# Their language model is that of the MoE architecture; vision adds experts and a router of its own.
+VL_ARCHITECTURES = ("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VL_MoeForConditionalGeneration")
+
+# Far above every member of the family (300B: 54 layers, hidden 8192), low enough that no product of them is a burden.
+MAX_LAYERS = 512
+MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
+MAX_SIZE = 1 << 20
+MAX_VOCAB = 1 << 22
+MAX_CONTEXT = 1 << 30
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The expert part: layers `first_layer` and up are MoE layers."""
+
+    experts: int
+    used: int
+    width: int
+    shared: int  # number of shared experts, 0 for none
+    first_layer: int
+    has_bias: bool  # every router comes with a correction bias
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the one MLP that the shared experts are stored as."""
+        return self.width * self.shared
+
+
+@dataclass(frozen=True)
+class ErnieConfig:
+    """What conversion needs from config.json. `moe` is None for the dense architecture."""
+
+    arch: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocab: int
+    context: int
+    rope_theta: float
+    rms_eps: float
+    tied: bool
+    moe: MoeConfig | None
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    quant: QuantConfig | None = None  # None: floats throughout
+    vision_experts: int | None = None  # of a VL checkpoint: experts per layer to leave out
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer has a router and experts instead of one MLP."""
+        return self.moe is not None and layer >= self.moe.first_layer
+
+
+class _Values:
+    """Typed access to the keys of one JSON object; null counts as absent, as in transformers."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        found = shown(self.values[key]) if key in self.values else "nothing"
+        return ConfigError(f"{self.where}: {key}: expected {expected}, found {found}")
+
+    def get(self, key: str) -> Any:  # noqa: ANN401 - JSON
+        value = self.values.get(key)
+        if isinstance(value, list):
+            hint = (
+                "; --text-only takes the first in a vision-language (VL) checkpoint" if key.startswith("moe_") else ""
+            )
+            raise ConfigError(f"{self.where}: {key} is a list ({shown(value)}): expected one value{hint}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def optional_id(self, key: str, vocab: int) -> int | None:
+        return None if self.get(key) is None else self.integer(key, 0, vocab - 1)
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        if type(value) not in (int, float) or not isfinite(value) or not value > 0:
+            raise self.error(key, "a finite number above 0")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+
+def _architecture(config: _Values, text_only: bool) -> str:
+    names = config.values.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise config.error("architectures", "a list of one name")
+    if names[0] in VL_ARCHITECTURES:
+        if not text_only:
+            raise ConfigError(
+                f"{config.where}: {names[0]} is a vision-language model: llama.cpp runs its language model only; "
+                "give --text-only to convert that"
+            )
+        return ARCHITECTURES["Ernie4_5_MoeForCausalLM"]
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _rope_theta(config: _Values) -> float:
+    """From rope_parameters (newer configs) or rope_theta; refuses every kind of scaled RoPE."""
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise config.error(key, "an object or null")
+        rope = _Values(value, f"{config.where}: {key}")
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"{rope.where}: rope_type {shown(kind)} is not supported, expected 'default'")
+        if rope.get("rope_theta") is not None:
+            return rope.number("rope_theta")
+    return config.number("rope_theta")
+
+
+def _moe(config: _Values, layers: int) -> MoeConfig:
+    experts = config.integer("moe_num_experts", 1, MAX_EXPERTS)
+    # llama.cpp's loader knows only "dense up to here, MoE from here on".
+    if config.integer("moe_layer_interval", 1, MAX_LAYERS, default=1) != 1:
+        raise config.error("moe_layer_interval", "1 (llama.cpp loads every layer after the first MoE layer as MoE)")
+    last = config.integer("moe_layer_end_index", -1, MAX_LAYERS, default=-1)
+    if last != -1 and last < layers - 1:
+        raise config.error(
+            "moe_layer_end_index", f"-1 or at least {layers - 1}: llama.cpp has no dense layers after MoE layers"
+        )
+    return MoeConfig(
+        experts=experts,
+        used=config.integer("moe_k", 1, experts),
+        width=config.integer("moe_intermediate_size", 1, MAX_SIZE),
+        shared=config.integer("moe_num_shared_experts", 0, MAX_EXPERTS, default=0),
+        first_layer=config.integer("moe_layer_start_index", 0, layers - 1),
+        has_bias=config.boolean("moe_use_aux_free", default=True),
+    )
+
+
+def _text_values(values: dict[str, Any], where: str) -> tuple[dict[str, Any], int]:
+    """The values of a VL model's language model, and its number of vision experts.
+
+    What differs between text and vision is a list of two, text first; newer files keep text under `text_config`.
+    """
+    nested = values.get("text_config")
+    if nested is not None and not isinstance(nested, dict):
+        raise ConfigError(f"{where}: text_config: expected an object, found {type(nested).__name__}")
+    merged = {**values, **{key: value for key, value in (nested or {}).items() if key != "architectures"}}
+    experts = merged.get("moe_num_experts")
+    vision = (
+        _Values({"moe_num_experts": experts[1]}, where).integer("moe_num_experts", 0, MAX_EXPERTS)
+        if (isinstance(experts, list) and len(experts) == 2)
+        else 0
+    )
+    pairs = {k: v for k, v in merged.items() if k.startswith("moe_") and isinstance(v, list) and len(v) == 2}
+    return {**merged, **{key: pair[0] for key, pair in pairs.items()}}, vision
+
+
+def parse_config(values: dict[str, Any], where: str = "config.json", text_only: bool = False) -> ErnieConfig:
+    """Check the keys of config.json; raises ConfigError naming the key, what was found and what was expected.
+
+    With `text_only` a VL checkpoint is read as its language model.
+    """
+    config = _Values(values, where)
+    arch = _architecture(config, text_only)
+    vision_experts = None
+    if values["architectures"][0] in VL_ARCHITECTURES:
+        values, vision_experts = _text_values(values, where)
+        config = _Values(values, where)
+    # llama.cpp's ERNIE graphs ignore the bias of attention output and FFN: such a model would run and be wrong.
+    if config.boolean("use_bias", default=False):
+        raise config.error("use_bias", "false: llama.cpp's ERNIE graphs have no biases")
+    if config.get("hidden_act") not in (None, "silu"):
+        raise config.error("hidden_act", "'silu'")
+    layers = config.integer("num_hidden_layers", 1, MAX_LAYERS)
+    hidden = config.integer("hidden_size", 1, MAX_SIZE)
+    heads = config.integer("num_attention_heads", 1, MAX_SIZE)
+    kv_heads = config.integer("num_key_value_heads", 1, heads, default=heads)
+    if heads % kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    if config.get("head_dim") is None and hidden % heads:
+        raise config.error("head_dim", f"an integer: hidden_size {hidden} is no multiple of {heads} heads")
+    vocab = config.integer("vocab_size", 1, MAX_VOCAB)
+    head_dim = config.integer("head_dim", 1, MAX_SIZE, default=hidden // heads)
+    if head_dim % 2:
+        raise config.error("head_dim", "an even number: RoPE turns pairs")
+    return ErnieConfig(
+        arch=arch,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_width=config.integer("intermediate_size", 1, MAX_SIZE),
+        vocab=vocab,
+        context=config.integer("max_position_embeddings", 1, MAX_CONTEXT),
+        rope_theta=_rope_theta(config),
+        rms_eps=config.number("rms_norm_eps"),
+        tied=config.boolean("tie_word_embeddings", default=True),
+        moe=_moe(config, layers) if arch == ARCHITECTURES["Ernie4_5_MoeForCausalLM"] else None,
+        bos=config.optional_id("bos_token_id", vocab),
+        eos=config.optional_id("eos_token_id", vocab),
+        pad=config.optional_id("pad_token_id", vocab),
+        quant=parse_quant_config(values.get("quantization_config"), layers, where),
+        vision_experts=vision_experts,
+    )
+
+
+def read_config(folder: Path, text_only: bool = False) -> ErnieConfig:
+    """Read and check config.json of a checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: config.json is missing; expected a Hugging Face checkpoint folder")
+    return parse_config(read_object(path, ConfigError), text_only=text_only)

@@ -1,0 +1,116 @@
+"""A checkpoint's tensor names -> sources under canonical names, those of the -PT files.
+
+Paddle files call the model `ernie.` instead of `model.`, store Linear weights as [in, out], bfloat16 sometimes as raw
+uint16, and spread a quantized module `X.weight` over `X.quant_weight`, `X.weight_scale` and others.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ..errors import PlanError
+from .config import ErnieConfig
+from .paddle_ccq import CCQ2
+from .paddle_fp8 import block_fp8
+from .paddle_int import INT4, INT8
+from .shards import TensorHeader
+from .storage import COLUMNS, FIRST_ROW, ROWS, Packing, Source
+
+# Tensors that llama.cpp has no use for. (pattern, reason)
+DROPPED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"(model|ernie)\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.\d+\."),
+        "multi-token prediction: llama.cpp does not use it",
+    ),
+    (re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta"),
+    (re.compile(r".*\.activation_scale$"), "scale of 8-bit activations: llama.cpp chooses its own"),
+    (re.compile(r".*\.cachek?v?_[a-z_]*(scale|zp)[a-z_]*$|.*\.cache[kv]_matmul\."), "scale of an 8-bit KV cache"),
+)
+_VISION: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(model\.|ernie\.)?(vision_model|vision_tower|visual)\."), "vision encoder (--text-only)"),
+    (re.compile(r"(model\.|ernie\.)?(resampler_model|mm_resampler)\."), "vision resampler (--text-only)"),
+    (re.compile(r".*\.mlp\.gate\.weight_1$"), "router of the vision experts (--text-only)"),
+)
+
+_LINEAR = re.compile(r"(_proj|\.mlp\.gate|^lm_head)\.weight$")
+_QUANTIZED = re.compile(r"(.*)\.(quant_weight|weight_scale|super_scales|code_scale|code_zp)$")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r".*\.mlp\.experts\.(\d+)\.")
+
+
+@dataclass
+class Names:
+    """All tensors of a checkpoint, each in a source or dropped for a reason."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    dropped: list[tuple[TensorHeader, str]] = field(default_factory=list)
+
+
+def _reason_to_drop(name: str, config: ErnieConfig) -> str | None:
+    patterns = DROPPED if config.vision_experts is None else DROPPED + _VISION
+    for pattern, reason in patterns:
+        if pattern.match(name):
+            return reason
+    expert = _EXPERT.match(name)
+    if expert and config.moe is not None and config.vision_experts:
+        number = int(expert[1][:9])
+        if config.moe.experts <= number < config.moe.experts + config.vision_experts:
+            return "vision expert (--text-only)"
+    return None
+
+
+def _quantized_packing(module: str, name: str, config: ErnieConfig) -> Packing:
+    """How a module with a `quant_weight` is stored, by config.json."""
+    layer = _LAYER.match(module + ".")
+    if config.quant is None:
+        raise PlanError(f"tensor {name}: quantized, but config.json has no quantization_config that says how")
+    kind = config.quant.of(int(layer[1][:9]) if layer else 0, ".mlp.experts." in module)
+    packings = {"wint8": INT8, "wint4": INT4, "wint2": CCQ2, "block_wise_fp8": block_fp8(config.quant.block)}
+    if kind not in packings:
+        raise PlanError(f"tensor {name}: quantized, but quantization_config says {kind} for it")
+    return packings[kind]
+
+
+def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
+    """Sources by canonical name. Raises PlanError for names that contradict each other or config.json."""
+    out = Names()
+    kept: dict[str, TensorHeader] = {}
+    for name, header in tensors.items():
+        if (reason := _reason_to_drop(name, config)) is not None:
+            out.dropped.append((header, reason))
+        else:
+            kept[name] = header
+    paddle = any(name.startswith("ernie.") for name in kept)
+    if paddle and (other := next((name for name in kept if name.startswith("model.")), None)):
+        raise PlanError(f"tensor {other}: a -PT name among Paddle names (ernie.…): two checkpoints in one folder?")
+    grouped: dict[str, tuple[Packing, dict[str, TensorHeader]]] = {}
+    for name, header in kept.items():
+        canonical = "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
+        if paddle and (quantized := _QUANTIZED.fullmatch(canonical)):
+            module, part = quantized.groups()
+            packing = grouped[module][0] if module in grouped else _quantized_packing(module, name, config)
+            grouped.setdefault(module, (packing, {}))[1][part] = _raw_bf16(header, paddle)
+            continue
+        out.sources[canonical] = Source(
+            _float_packing(canonical, paddle, config), {"weight": _raw_bf16(header, paddle)}
+        )
+    for module, (packing, parts) in grouped.items():
+        if f"{module}.weight" in out.sources:
+            raise PlanError(f"tensor {next(iter(parts.values())).name}: {module} has both a weight and a quant_weight")
+        out.sources[f"{module}.weight"] = Source(packing, parts)
+    return out
+
+
+def _raw_bf16(header: TensorHeader, paddle: bool) -> TensorHeader:
+    """Paddle's older writer has no bfloat16: it stores the bits as uint16."""
+    return replace(header, dtype="BF16") if paddle and header.dtype == "U16" else header
+
+
+def _float_packing(canonical: str, paddle: bool, config: ErnieConfig) -> Packing:
+    vl = config.vision_experts is not None
+    if vl and canonical.endswith(".mlp.moe_statics.e_score_correction_bias"):
+        return FIRST_ROW
+    if paddle and _LINEAR.search(canonical):
+        return COLUMNS
+    # The router of the VL models is a bare parameter, [in, out] in the -PT files too.
+    return COLUMNS if vl and canonical.endswith(".mlp.gate.weight") else ROWS

@@ -1,0 +1,47 @@
+"""The 2-bit expert matrices of Baidu's checkpoints: convolutional code quantization, see docs/formats.md.
+
+Columns are output channels: `quant_weight` [K/4, N] holds a code byte per four weights, `weight_scale` [K/128, N] two
+4-bit group scales per byte; `super_scales`, `code_scale` and `code_zp` have one value per channel.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from .shards import ShardReader
+from .storage import FLOATS, Field, Packing, Source, columns_at_once, read_vector, vector_field
+from .values import F32, CcqChannels, Values, transposed
+
+_PIECE_BYTES = 8 << 20  # of code bytes
+
+
+class _Ccq2(Packing):
+    name = "ccq wint2"
+    main = "quant_weight"
+    k_multiple = 128
+
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        return {
+            "quant_weight": Field(((k // 4, n),), ("I8", "U8")),
+            "weight_scale": Field(((k // 128, n),), ("U8", "I8")),
+            "super_scales": vector_field(n, FLOATS, optional=True),
+            "code_scale": vector_field(n, ("F32",)),
+            "code_zp": vector_field(n, ("F32",)),
+        }
+
+    def rows_at_once(self, source: Source, copied: bool) -> int:
+        return columns_at_once(source.main, _PIECE_BYTES)
+
+    def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
+        def columns(field: str) -> npt.NDArray[np.uint8]:
+            return transposed(reader.read_columns(source.tensors[field], row, rows).view(np.uint8))
+
+        def vector(field: str) -> F32:
+            return read_vector(reader, source.tensors[field], row, rows)
+
+        super_scale = vector("super_scales") if "super_scales" in source.tensors else np.ones(rows, np.float32)
+        return CcqChannels(
+            columns("quant_weight"), columns("weight_scale"), super_scale, vector("code_scale"), vector("code_zp")
+        )
+
+
+CCQ2: Packing = _Ccq2()

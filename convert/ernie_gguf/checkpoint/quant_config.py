@@ -1,0 +1,168 @@
+"""`quantization_config` of a Paddle checkpoint -> how its dense linears and each layer's experts are stored.
+
+Two spellings occur: `dense_quant_type` and `moe_quant_type` beside each other, and types nested under
+`moe_quant_config`. Where a file has both they must agree.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from .json_object import shown
+
+# What a module may be stored as; "bf16" stands for every float.
+KNOWN = ("bf16", "wint8", "wint4", "block_wise_fp8")
+_SPELLINGS = {"weight_only_int8": "wint8", "weight_only_int4": "wint4", "w4w2": "wint2"}
+
+# Why others cannot be read: what is not public, or cannot be had without the engine.
+UNREADABLE = {
+    "tensor_wise_fp8": "its activations pass a Hadamard transform in the engine, so the stored weights are rotated, "
+    "and the size of the transform's blocks is not in the checkpoint; use the -Paddle or -PT repository",
+    "wfp8afp8": "the layout of its per-channel FP8 weights is not documented; use the -Paddle or -PT repository",
+    "w4a8": "its int4 weights are ordered for the engine's W4A8 kernels, and down_proj is rotated by a Hadamard "
+    "transform; neither is documented; use the -2Bits-Paddle, -Paddle or -PT repository",
+    "w4afp8": "its int4 weights are ordered for the engine's W4AFP8 kernels, which is not documented; "
+    "use the -Paddle or -PT repository",
+    "w8a8": "its smoothing of activations is not documented; use the -Paddle or -PT repository",
+}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`dense` for attention, dense and shared-expert MLPs; `experts` for MoE layers, up to `int4_end` int4 if given."""
+
+    dense: str
+    experts: str
+    int4_end: int = -1  # last layer whose experts are int4 where `experts` is wint2
+    block: tuple[int, int] = (128, 128)  # of block_wise_fp8
+
+    def of(self, layer: int, expert: bool) -> str:
+        """The storage of a quantized module of a layer."""
+        if not expert:
+            return self.dense
+        return "wint4" if self.experts == "wint2" and layer <= self.int4_end else self.experts
+
+
+class _Reader:
+    """Typed access with errors that name the key."""
+
+    def __init__(self, where: str, values: dict[str, Any]) -> None:
+        self.where = where
+        self.values = values
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key}: expected {expected}, found {shown(self.values.get(key))}")
+
+    def child(self, key: str) -> "_Reader | None":
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return None if value is None else _Reader(f"{self.where}.{key}", value)
+
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "a string")
+        return _SPELLINGS.get(value, value) if value is not None else None
+
+    def layer(self, key: str, default: int) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 0:
+            raise self.error(key, "a layer number")
+        return value
+
+    def only(self, key: str, expected: tuple[object, ...]) -> None:
+        """The key is absent or has one of these values."""
+        if self.values.get(key) is not None and self.values[key] not in expected:
+            raise self.error(key, " or ".join(map(repr, expected)))
+
+
+def _agree(reader: _Reader, *found: tuple[str, str | None]) -> str | None:
+    """One value given under several keys."""
+    given = [(key, value) for key, value in found if value is not None]
+    if len({value for _, value in given}) > 1:
+        raise ConfigError(f"{reader.where}: " + " but ".join(f"{key} is {shown(value)}" for key, value in given))
+    return given[0][1] if given else None
+
+
+def _check_type(reader: _Reader, key: str, value: str, known: tuple[str, ...]) -> None:
+    if value in UNREADABLE:
+        raise ConfigError(f"{reader.where}: {key} {shown(value)} cannot be read: {UNREADABLE[value]}")
+    if value not in known:
+        raise ConfigError(f"{reader.where}: {key}: unknown type {shown(value)}, expected one of {', '.join(known)}")
+
+
+def _dense_type(reader: _Reader) -> str | None:
+    """The nested spelling: a type, or an object with one."""
+    if isinstance(reader.values.get("dense_quant_config"), dict):
+        nested = reader.child("dense_quant_config")
+        return nested.text("quant_type") if nested else None
+    return reader.text("dense_quant_config")
+
+
+def _mixed_experts(reader: _Reader, moe: _Reader | None, layers: int) -> int:
+    """Last layer with int4 experts; checks what is said about both kinds."""
+    w4 = moe and moe.child("moe_w4_quant_config")
+    w2 = moe and moe.child("moe_w2_quant_config")
+    if w4 is None or w2 is None:
+        raise ConfigError(
+            f"{reader.where}: expected moe_quant_config with moe_w4_quant_config and moe_w2_quant_config: "
+            "they say which layers are int4 and which 2-bit"
+        )
+    w4.only("quant_type", ("wint4", "weight_only_int4"))
+    w4.only("quant_granularity", ("per_channel",))
+    w2.only("quant_type", ("wint2",))
+    w2.only("quant_granularity", ("pp_acc",))
+    w2.only("quant_group_size", (64,))
+    start, end = w4.layer("quant_start_layer", 0), w4.layer("quant_end_layer", 6)
+    first, last = w2.layer("quant_start_layer", end + 1), w2.layer("quant_end_layer", layers - 1)
+    if start > end or first != end + 1 or last != layers - 1:
+        raise ConfigError(
+            f"{reader.where}.moe_quant_config: int4 in layers {start} to {end}, 2-bit in {first} to {last}: expected "
+            f"them to meet and to end at layer {layers - 1}"
+        )
+    return end
+
+
+def parse_quant_config(values: object, layers: int, where: str = "config.json") -> QuantConfig | None:
+    """None where nothing is quantized. Raises ConfigError for what cannot be read, saying what is not known."""
+    if values is None:
+        return None
+    where = f"{where}: quantization_config"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object or null, found {type(values).__name__}")
+    reader = _Reader(where, values)
+    for key in ("is_quantized", "is_moe_quantized"):
+        reader.only(key, (True, False))
+    weights_too = any(key in values for key in ("quantization", "dense_quant_type", "moe_quant_type"))
+    if values.get("is_quantized") is False or (values.get("kv_cache_quant_type") is not None and not weights_too):
+        return None  # weights as they were trained, to be quantized by the engine when it loads them
+    method = reader.text("quantization")
+    if method is None and reader.values.get("quant_method") is not None:
+        raise reader.error("quant_method", "none: this spelling is not Paddle's and not known")
+    moe = reader.child("moe_quant_config")
+    dense = _agree(
+        reader,
+        ("dense_quant_type", reader.text("dense_quant_type")),
+        ("dense_quant_config", _dense_type(reader)),
+    )
+    experts = _agree(
+        reader,
+        ("moe_quant_type", reader.text("moe_quant_type")),
+        ("moe_quant_config.quant_type", moe.text("quant_type") if moe else None),
+    )
+    if method == "wint2":
+        dense, experts = dense or "wint8", experts or "wint2"
+    elif method not in (None, "mix_quant"):
+        dense, experts = dense or method, experts or method
+    if dense is None or experts is None:
+        raise ConfigError(
+            f"{where}: expected quantization, or dense_quant_type and moe_quant_type, found {sorted(values)}"
+        )
+    _check_type(reader, "moe_quant_type", experts, (*KNOWN, "wint2"))
+    _check_type(reader, "dense_quant_type", dense, KNOWN)
+    block = values.get("weight_block_size", [128, 128])
+    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b <= 1 << 16 for b in block)):
+        raise reader.error("weight_block_size", "two positive integers")
+    int4_end = _mixed_experts(reader, moe, layers) if experts == "wint2" else -1
+    return QuantConfig(dense, experts, int4_end, (block[0], block[1]))

@@ -1,0 +1,174 @@
+"""Packings: how a checkpoint stores one matrix or vector. Knows names of fields and their shapes; nothing of GGUF.
+
+A `Source` is one logical [N, K] matrix (or vector of K) under its canonical name, with the tensors that make it up.
+Its packing says what shapes they must have and reads any range of the N rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from .shards import ShardReader, TensorHeader
+from .values import F32, FloatRows, Values, to_float32, transposed
+
+FLOATS = ("BF16", "F16", "F32")
+Shape = tuple[int, ...]
+
+COPY_BYTES = 16 << 20  # source bytes of a piece that is copied as it is
+TRANSFORM_BYTES = 2 << 20  # of one that is widened and encoded: temporaries are several times as large
+COLUMN_BYTES = 16 << 20  # of columns of a transposed matrix: fewer would mean reads of a few bytes
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one tensor of a source must look like; any of `shapes` will do."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    optional: bool = False
+
+
+def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS, optional: bool = False) -> Field:
+    """A value per output channel: [N], [1, N] and [N, 1] all occur."""
+    return Field(((n,), (1, n), (n, 1)), dtypes, optional)
+
+
+class Packing(ABC):
+    """One way of storing a matrix."""
+
+    name: str
+    main: str = "weight"  # the field that holds the bulk
+    row_multiple: int = 1  # rows that are stored entangled: N must be a multiple
+    k_multiple: int = 1
+    block: tuple[int, int] = (1, 1)  # of N and of K that share a scale, where that is not a row
+
+    @abstractmethod
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        """The tensors of an [n, k] matrix, by the last part of their names."""
+
+    def vector_fields(self, k: int) -> dict[str, Field]:
+        """The same for a vector of k: a norm [K] or a router's bias [1, K]."""
+        return {"weight": Field(((k,), (1, k)), FLOATS)}
+
+    @abstractmethod
+    def read(self, reader: ShardReader, source: "Source", row: int, rows: int) -> Values:
+        """Rows `row` … `row + rows`."""
+
+    @abstractmethod
+    def rows_at_once(self, source: "Source", copied: bool) -> int:
+        """Rows of a piece whose memory is bounded; `copied` if the bytes are not touched."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A matrix or vector of the checkpoint. `tensors` maps the packing's field names to headers."""
+
+    packing: Packing
+    tensors: Mapping[str, TensorHeader]
+
+    @property
+    def main(self) -> TensorHeader:
+        """The tensor that holds the bulk."""
+        return self.tensors[self.packing.main]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's own name of it."""
+        return self.tensors.get(self.packing.main, next(iter(self.tensors.values()))).name
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its bulk."""
+        return self.main.dtype
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files it is in."""
+        return {header.path for header in self.tensors.values()}
+
+
+def problem_of(source: Source, shape: Shape) -> str | None:
+    """What is wrong with a source that should be [N, K] or [K], if anything: one sentence."""
+    n, k = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+    packing = source.packing
+    if packing.main not in source.tensors:
+        return f"tensor {source.name}: its {packing.main} is missing"
+    if n % packing.row_multiple or k % packing.k_multiple:
+        return (
+            f"tensor {source.name}: {n} rows of {k} weights cannot be {packing.name}, which needs multiples of "
+            f"{packing.row_multiple} and {packing.k_multiple}"
+        )
+    fields = packing.fields(n, k) if len(shape) == 2 else packing.vector_fields(k)
+    for name, field in fields.items():
+        header = source.tensors.get(name)
+        if header is None:
+            if field.optional:
+                continue
+            missing = source.name.removesuffix(packing.main) + name
+            return f"tensor {missing} is missing: {source.name} is {packing.name} and needs it"
+        if header.shape not in field.shapes:
+            expected = list(field.shapes[0])
+            problem = f"tensor {header.name}: expected shape {expected} from config.json, found {list(header.shape)}"
+            part = prod(expected) / max(1, prod(header.shape))
+            split = packing.main == "quant_weight" and part in (2, 4, 8)
+            return problem + (f": 1/{part:.0f} of it, a part of a repository split for several GPUs?" if split else "")
+        if header.dtype not in field.dtypes:
+            return f"tensor {header.name}: expected dtype {' or '.join(field.dtypes)}, found {header.dtype}"
+    return None
+
+
+def read_vector(reader: ShardReader, header: TensorHeader, row: int, rows: int) -> F32:
+    """Values `row` … `row + rows` of a per-channel vector of any of its shapes, float32 [rows]."""
+    return to_float32(reader.read_all(header)[row : row + rows], header.dtype)
+
+
+class _Rows(Packing):
+    """Floats as PyTorch stores them, [N, K]."""
+
+    name = "rows"
+
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        return {"weight": Field(((n, k),), FLOATS)}
+
+    def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
+        return FloatRows(reader.read_rows(source.main, row, rows), source.dtype)
+
+    def rows_at_once(self, source: Source, copied: bool) -> int:
+        return max(1, (COPY_BYTES if copied else TRANSFORM_BYTES) // source.main.row_nbytes)
+
+
+class _Columns(Packing):
+    """Floats as Paddle's Linear stores them, [K, N]."""
+
+    name = "columns"
+
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        return {"weight": Field(((k, n),), FLOATS)}
+
+    def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
+        return FloatRows(transposed(reader.read_columns(source.main, row, rows)), source.dtype)
+
+    def rows_at_once(self, source: Source, copied: bool) -> int:
+        return columns_at_once(source.main, COLUMN_BYTES)
+
+
+class _FirstRow(_Rows):
+    """The correction bias of a VL model, [2, E]: text experts, vision experts."""
+
+    name = "text row"
+
+    def vector_fields(self, k: int) -> dict[str, Field]:
+        return {"weight": Field(((2, k),), FLOATS)}
+
+
+def columns_at_once(header: TensorHeader, nbytes: int) -> int:
+    """Columns of a matrix that make about so many bytes, a multiple of 64."""
+    per_column = max(1, header.nbytes // max(1, header.shape[-1]))
+    return max(64, nbytes // per_column // 64 * 64)
+
+
+ROWS: Packing = _Rows()
+COLUMNS: Packing = _Columns()
+FIRST_ROW: Packing = _FirstRow()

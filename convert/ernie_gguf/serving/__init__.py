@@ -1,0 +1,1 @@
+"""Programs that run a model: `ernie-gguf serve` and `chat`."""

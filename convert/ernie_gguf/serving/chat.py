@@ -1,0 +1,132 @@
+"""The command `chat`: a small chat in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ErnieGgufError
+
+if TYPE_CHECKING:
+    from ernie_llama import Llama
+    from ernie_llama.llama_types import ChatCompletionRequestMessage
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class ChatError(ErnieGgufError):
+    """The file cannot be chatted with."""
+
+
+def chat(  # noqa: PLR0917 - typer makes options of the parameters
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
+    system: Annotated[str, typer.Option(help="System message, before the conversation.")] = "",
+    n_ctx: Annotated[
+        int, typer.Option("--ctx", min=0, help="Tokens that the conversation has room for; 0 for all the model has.")
+    ] = 8192,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the random draws; -1 for another one each time.")] = -1,
+    threads: Annotated[int, typer.Option(min=0, help="0 for one per physical core.")] = 0,
+    n_gpu_layers: Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1 for all.")] = -1,
+    n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,
+) -> None:
+    """Chat with FILE in the terminal."""
+    from ernie_llama import Llama  # noqa: PLC0415 - as all commands, see cli
+
+    try:
+        llm = Llama(
+            file,
+            n_ctx=n_ctx,
+            n_threads=threads or None,
+            n_gpu_layers=n_gpu_layers,
+            n_cpu_moe=n_cpu_moe,
+            seed=seed,
+            type_k="q8_0",
+            type_v="q8_0",
+        )
+    except (ValueError, OSError) as error:
+        raise ChatError(str(error).replace("\n", "; ")) from error
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the program
+    colours = sys.stdout.isatty()
+    with llm:
+        typer.echo(HELP, err=True)
+        converse(llm, _lines(), _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+
+
+def converse(
+    llm: Llama,
+    lines: Iterator[str],
+    write: Callable[[str], None],
+    *,
+    system: str,
+    temperature: float,
+    dim: tuple[str, str] = ("", ""),
+) -> None:
+    """Answer `lines` until they end or one says /exit. An answer that Ctrl-C stops stays in the conversation."""
+    first: list[ChatCompletionRequestMessage] = [{"role": "system", "content": system}] if system else []
+    messages = list(first)
+    for line in lines:
+        if line in {"/exit", "/quit"}:
+            return
+        if line == "/reset":
+            messages = list(first)
+            continue
+        if not line.strip():
+            continue
+        question: ChatCompletionRequestMessage = {"role": "user", "content": line}
+        try:
+            answer = _answer(llm, [*messages, question], write, temperature, dim)
+        except ValueError as error:  # the template refuses, or the conversation is too long
+            write(f"{error}; {HELP}\n")
+            continue
+        messages += [question, {"role": "assistant", "content": answer}]
+
+
+def _answer(
+    llm: Llama,
+    messages: list[ChatCompletionRequestMessage],
+    write: Callable[[str], None],
+    temperature: float,
+    dim: tuple[str, str],
+) -> str:
+    answer = ""
+    thinking = False
+    chunks = llm.create_chat_completion(messages, temperature=temperature, stream=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for chunk in chunks:
+            delta = chunk["choices"][0]["delta"]
+            if reasoning := delta.get("reasoning_content"):
+                write(f"{dim[0]}{reasoning}{dim[1]}")
+                thinking = True
+            if content := delta.get("content"):
+                write(f"\n\n{content}" if thinking else content)
+                thinking = False
+                answer += content
+    write("\n")
+    return answer
+
+
+def _lines() -> Iterator[str]:
+    """Lines from the terminal, with history and editing where Python has them; Ctrl-C throws a line away."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, PLC0415 - input() uses it when it is loaded
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,89 @@
+"""The command `serve`: llama.cpp's own server, found beside the library and started with defaults for ERNIE."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from ..errors import ErnieGgufError
+
+SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
+
+# What is added unless the user gives one of the names. Context, layers on the GPU and experts in the CPU's memory are
+# left unset: llama.cpp's fitting chooses them so that the model fits into the memory there is.
+DEFAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("--jinja", "--no-jinja"), ("--jinja",)),  # the chat template of the file
+    (("--fit", "-fit"), ("--fit", "on")),
+    (("--cache-type-k", "-ctk"), ("--cache-type-k", "q8_0")),  # half the memory of f16 for the same text
+    (("--cache-type-v", "-ctv"), ("--cache-type-v", "q8_0")),
+    (("--metrics",), ("--metrics",)),
+)
+
+
+class ServeError(ErnieGgufError):
+    """The file cannot be served, or there is no server to do it."""
+
+
+def serve(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGS]...", help="What is passed on to llama-server: -- --port 8081 -c 32768"),
+    ] = None,
+) -> None:
+    """Serve FILE over HTTP, in the manner of the OpenAI API."""
+    command = server_command(file, args or [])
+    typer.echo(shlex.join(command), err=True)
+    _execute(command)
+
+
+def server_command(file: Path, args: Sequence[str]) -> list[str]:
+    """The command that serves `file`: the defaults that `args` does not decide, then `args`.
+
+    Raises:
+        ServeError: `file` is no GGUF file, or llama-server is not built.
+    """
+    from ernie_llama._model import check_gguf  # noqa: PLC0415 - as all commands, see cli
+
+    try:
+        check_gguf(str(file))
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    given = {arg.split("=", 1)[0] for arg in args}
+    chosen = [part for names, parts in DEFAULTS if not given & set(names) for part in parts]
+    alias = [] if given & {"--alias", "-a"} else ["--alias", file.stem]
+    return [str(server_program()), "--model", str(file), *alias, *chosen, *args]
+
+
+def server_program() -> Path:
+    """The llama-server that was built with the library of the bindings.
+
+    Raises:
+        ServeError: there is none; says where it was looked for.
+    """
+    from ernie_llama import LibraryNotFoundError  # noqa: PLC0415
+    from ernie_llama._library import find  # noqa: PLC0415
+
+    try:
+        place, library = find()
+    except LibraryNotFoundError as error:
+        raise ServeError(f"{SERVER} is not built; {error}".replace("\n", "; ")) from error
+    # Not resolved: where the library is a link into the build, its folder is that of the build already.
+    program = library.parent / SERVER
+    if not program.is_file():
+        raise ServeError(
+            f"{program} does not exist (it was looked for beside the library of the {place.origin}): run `make build`, "
+            "or set ERNIE_LLAMA_LIB_PATH to the bin folder of a build that has it"
+        )
+    return program
+
+
+def _execute(command: Sequence[str]) -> NoReturn:
+    sys.stderr.flush()
+    os.execv(command[0], list(command))  # so that signals reach the server itself

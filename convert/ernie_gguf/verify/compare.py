@@ -1,0 +1,257 @@
+"""`ernie-gguf verify`: every weight of a GGUF against the checkpoint it was made from, decoded by another path.
+
+Which source belongs to which tensor is the plan's; every value is decoded anew by `decode`. A tensor is exact, or
+differs by no more than its type explains, or is a mismatch.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.shards import ShardReader
+from ..convert import Job
+from ..gguf_file.reader import GgufFile, GgufTensor
+from ..plan import Part, TensorPlan
+from . import decode
+
+F32 = npt.NDArray[np.float32]
+_CHUNK_VALUES = 4 << 20  # weights compared at once: some ten float32 and int64 arrays of that size per thread
+_SEARCH = 64  # how far around code_scale * 2^17 an exact M is looked for before a missed code counts as explained
+
+# (packing or dtype of the source, GGUF type) that hold the same values
+_EXACT = {
+    *(("BF16", kind) for kind in ("bf16", "f32")),
+    *(("F16", kind) for kind in ("f16", "f32")),
+    ("F32", "f32"),
+    *(("wint8", kind) for kind in ("q8_0", "f32")),
+    *(("wint4", kind) for kind in ("q4_0", "q8_0", "f32")),
+    *(("ccq wint2", kind) for kind in ("ccq2", "f32")),
+    ("block-wise fp8", "f32"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What comparing some rows gave; findings of a tensor add up.
+
+    `explained` counts differing values that the type accounts for, `wrong` the others. `missed_rows` have no exact
+    integer code map, `rounded_rows` a scale that is no f16 number.
+    """
+
+    values: int = 0
+    explained: int = 0
+    wrong: int = 0
+    largest: float = 0.0
+    relative: float = 0.0
+    missed_rows: int = 0
+    rounded_rows: int = 0
+    problem: str = ""
+
+    def __add__(self, other: "Finding") -> "Finding":
+        return Finding(
+            self.values + other.values,
+            self.explained + other.explained,
+            self.wrong + other.wrong,
+            max(self.largest, other.largest),
+            max(self.relative, other.relative),
+            self.missed_rows + other.missed_rows,
+            self.rounded_rows + other.rounded_rows,
+            self.problem or other.problem,
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One tensor. `exact` says that the type holds the source's values, so that nothing should differ."""
+
+    name: str
+    source: str
+    kind: str
+    exact: bool
+    finding: Finding
+
+    @property
+    def ok(self) -> bool:
+        """Nothing differs beyond what the type explains."""
+        return not self.finding.wrong and not self.finding.problem
+
+
+def _source_kind(part: Part) -> str:
+    """BF16, F16, F32 or the name of the packing."""
+    name = part.source.packing.name
+    return part.source.dtype if name in ("rows", "columns", "text row") else name
+
+
+def _code_misses(data: decode.U8, cs: F32, cz: F32) -> tuple[npt.NDArray[np.bool_], int]:
+    """Code bytes [n, 256] that the GGUF's M, Z do not reproduce for a reason, and how many rows have such."""
+    table = decode.source_codes(cs, cz)
+    m, z, _ = decode.ccq2_header(data)
+    mine = (np.arange(256) * m[:, None] + z[:, None]) % 2**32 // 2**17
+    missed = mine != table % 2**15
+    one_off = np.isin((mine - table) % 2**15, (1, 2**15 - 1))
+    for row in np.flatnonzero(missed.any(1)):
+        # Not explained if a better map exists, or if a code is off by more than the nearest map would be.
+        if (missed[row] & ~one_off[row]).any() or _has_exact_map(table[row], float(cs[row])):
+            missed[row] = False
+    return missed, int(missed.any(1).sum())
+
+
+def _has_exact_map(codes: decode.I64, cs: float) -> bool:
+    centre = round(cs * 2**17)
+    m = np.arange(centre - _SEARCH, centre + _SEARCH + 1)[:, None]
+    low = (codes * 2**17 - np.arange(256) * m).max(1)
+    high = ((codes + 1) * 2**17 - 1 - np.arange(256) * m).min(1)
+    return bool((low <= high).any())
+
+
+def _bound(want: F32, kind: str) -> F32:
+    """The largest error that rounding to a type explains, value by value."""
+    size = np.abs(want).astype(np.float32)
+    if kind == "bf16":
+        return size * np.float32(2.0**-8) + np.float32(2.0**-134)
+    if kind == "f16":
+        return size * np.float32(2.0**-11) + np.float32(2.0**-25)
+    block = size.reshape(len(size), -1, 32).max(2, keepdims=True)
+    # half a step (q8_0) or a whole one (q4_0 cannot hold the largest value with the other sign), and the f16 scale
+    steps, levels = (0.5, 127) if kind == "q8_0" else (1.0, 8)
+    bound = block * np.float32(steps / levels + 2.0**-10) + np.float32(levels * 2.0**-25)
+    return np.repeat(bound, 32, axis=2).reshape(want.shape)
+
+
+def _tolerated(
+    reader: ShardReader, piece: "_Chunk", data: decode.U8, kind: str, k: int
+) -> tuple[F32 | np.float32, Finding]:
+    """The error of each value that an exact repack is allowed, 0 nearly everywhere, and the rows that have any."""
+    name, n = piece.part.source.packing.name, len(data)
+    if name == "ccq wint2" and kind == "ccq2":
+        missed, rows = _code_misses(data, *decode.ccq_map(reader, piece.part.source, piece.row, n))
+        if not rows:
+            return np.float32(0), Finding()
+        hit = np.take_along_axis(missed, data[:, 16 : 16 + k // 4].astype(np.int64), axis=1)
+        return np.where(np.repeat(hit, 4, axis=1), np.float32(np.inf), np.float32(0)), Finding(missed_rows=rows)
+    if name in ("wint8", "wint4") and kind in ("q8_0", "q4_0"):
+        q, scale = decode.channel_ints(reader, piece.part.source, piece.row, n)
+        off = np.abs(scale - scale.astype(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-20)
+        return np.abs(q).astype(np.float32) * off[:, None], Finding(rounded_rows=int((off > 0).sum()))
+    return np.float32(0), Finding()
+
+
+def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, piece: "_Chunk") -> Finding:
+    k, kind = tensor.ne[0], tensor.type_name
+    data = np.array(file.rows(tensor)[piece.at : piece.at + piece.rows])
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale may be anything in a damaged file
+        want = decode.source_rows(reader, piece.part.source, piece.row, piece.rows)
+        got = decode.gguf_rows(data, kind, k)
+    same = got == want
+    if not same.all():
+        same |= np.isnan(got) & np.isnan(want)
+    counted = Finding(values=got.size)
+    if kind == "ccq2" and not decode.ccq2_is_clean(data, k):
+        counted = replace(counted, problem="padding or reserved word is not zero")
+    exact = (_source_kind(piece.part), kind) in _EXACT
+    if same.all():
+        # Rows without an exact map are counted even where none of the missed bytes occurs.
+        return counted + (_tolerated(reader, piece, data, kind, k)[1] if exact and kind == "ccq2" else Finding())
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.where(same, np.float32(0), np.abs(got - want))
+        ratio = np.divide(error, np.abs(want), out=np.zeros_like(error), where=want != 0)
+    error[np.isnan(error)] = np.inf
+    if exact:
+        tolerated, extra = _tolerated(reader, piece, data, kind, k)
+        counted += extra
+        wrong = int((error > tolerated).sum())
+    elif kind == "ccq2":
+        wrong = _lossy_ccq2(want, got, error)
+    else:
+        wrong = int((error > _bound(want, kind)).sum())
+    differing = int((~same).sum())
+    return counted + Finding(0, differing - wrong, wrong, float(error.max()), float(ratio.max()))
+
+
+def _lossy_ccq2(want: F32, got: F32, error: F32) -> int:
+    """Values of rows that point elsewhere than they should, or are of another size.
+
+    The plain encoder's rows have a cosine of 0.9 or more, the calibrated one's go down to 0.65 where few inputs say
+    all; another row has about 0, and zeros have no size.
+    """
+    x, y = want.astype(np.float64), got.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        dot, power, size = (x * y).sum(1), (x * x).sum(1), (y * y).sum(1)
+    right = (dot >= 0.5 * np.sqrt(power * size)) & (size >= power / 4) & (size <= power * 4)
+    return int((error[~right] > 0).sum())
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    part: Part
+    row: int  # in the source
+    rows: int
+    at: int  # in the GGUF tensor
+
+
+def _chunks(plan: TensorPlan) -> Iterator[_Chunk]:
+    step = max(1, _CHUNK_VALUES // plan.shape[-1])
+    at = 0
+    for part in plan.parts:
+        for row in range(part.row, part.row + part.rows, step):
+            rows = min(step, part.row + part.rows - row)
+            yield _Chunk(part, row, rows, at)
+            at += rows
+
+
+def _mismatch(tensor: GgufTensor | None, plan: TensorPlan) -> str:
+    """Why a tensor cannot be compared at all, if so."""
+    if tensor is None:
+        return "missing from the GGUF"
+    ne = tuple(reversed(plan.shape))
+    if tensor.ne not in (ne, (*ne, 1)):
+        return f"ne is {list(tensor.ne)}, expected {list(ne)}"
+    if tensor.type_name not in decode.READABLE:
+        return f"type {tensor.type_name} is not one that ernie-gguf writes"
+    if not plan.parts:
+        return "has no source"
+    return ""
+
+
+def verify(job: Job, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
+    """Compare all tensors; one verdict each, in the plan's order, then those that only the GGUF has.
+
+    `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
+    """
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    verdicts: list[Verdict] = []
+    with ShardReader() as reader, ThreadPoolExecutor(threads) as pool:
+        reader.open({path for plan in job.plan.tensors for part in plan.parts for path in part.source.paths})
+        pending: deque[tuple[int, Future[Finding]]] = deque()
+
+        def finish() -> None:
+            index, future = pending.popleft()
+            found = future.result()
+            verdicts[index] = replace(verdicts[index], finding=verdicts[index].finding + found)
+            progress(found.values)
+
+        try:
+            for plan in job.plan.tensors:
+                tensor = tensors.pop(plan.name, None)
+                source = _source_kind(plan.parts[0])
+                problem = _mismatch(tensor, plan)
+                kind = tensor.type_name if tensor else ""
+                verdicts.append(Verdict(plan.name, source, kind, (source, kind) in _EXACT, Finding(problem=problem)))
+                if problem or tensor is None:
+                    continue
+                for chunk in _chunks(plan):
+                    pending.append((len(verdicts) - 1, pool.submit(_compare, reader, file, tensor, chunk)))
+                    if len(pending) > 2 * threads:
+                        finish()
+            while pending:
+                finish()
+        finally:
+            for _, future in pending:
+                future.cancel()
+    for tensor in tensors.values():
+        verdicts.append(Verdict(tensor.name, "", tensor.type_name, False, Finding(problem="not in the checkpoint")))
+    return verdicts

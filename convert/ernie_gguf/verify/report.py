@@ -1,0 +1,79 @@
+"""What `verify` prints: a table and three sentences for people, a dictionary for --json."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..gguf_file.reader import GgufFile
+from ..report import right
+from .compare import Finding, Verdict
+
+
+def _said(verdict: Verdict) -> str:
+    """A verdict in words."""
+    found = verdict.finding
+    if found.problem:
+        return f"MISMATCH: {found.problem}"
+    if found.wrong:
+        return f"MISMATCH: {found.wrong:,} values"
+    if not found.explained:
+        return "exact"
+    if not verdict.exact:
+        return f"as {verdict.kind} rounds"
+    reasons = []
+    if found.missed_rows:
+        reasons.append(f"{found.missed_rows} rows without an integer code map")
+    if found.rounded_rows:
+        reasons.append(f"{found.rounded_rows} scales rounded to f16")
+    return "exact but for " + " and ".join(reasons)
+
+
+def _sum_of(verdicts: list[Verdict]) -> Finding:
+    return sum((verdict.finding for verdict in verdicts), Finding())
+
+
+def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
+    """The result of `verify` for --json. An infinite difference is given as null."""
+
+    def numbers(found: Finding) -> dict[str, Any]:
+        values = asdict(found)
+        return {key: None if value == float("inf") else value for key, value in values.items()}
+
+    return {
+        "file": str(file.path),
+        "ok": all(verdict.ok for verdict in verdicts),
+        "total": numbers(_sum_of(verdicts)),
+        "tensors": [
+            {
+                "name": verdict.name,
+                "source": verdict.source,
+                "type": verdict.kind,
+                "ok": verdict.ok,
+                "verdict": _said(verdict),
+                **numbers(verdict.finding),
+            }
+            for verdict in verdicts
+        ],
+    }
+
+
+def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
+    """The result of `verify` for people."""
+    table = Table("tensor", "source", "type", *map(right, ("differ", "largest error", "relative")), "verdict", box=None)
+    for verdict in verdicts:
+        found = verdict.finding
+        differ = found.explained + found.wrong
+        numbers = (f"{differ:,}", f"{found.largest:.2e}", f"{found.relative:.2e}") if differ else ("0", "", "")
+        style = "" if verdict.ok else "red"
+        table.add_row(Text(verdict.name), verdict.source.lower(), verdict.kind, *numbers, _said(verdict), style=style)
+    total, bad = _sum_of(verdicts), [verdict for verdict in verdicts if not verdict.ok]
+    exact = sum(not verdict.finding.explained and verdict.ok for verdict in verdicts)
+    lines = [
+        f"{len(verdicts)} tensors, {total.values:,} weights compared: {exact} tensors exact, "
+        f"{len(verdicts) - exact - len(bad)} with differences that their type explains, {len(bad)} wrong",
+        f"rows without an integer code map: {total.missed_rows:,}; scales that f16 rounds: {total.rounded_rows:,}",
+        f"{file.path}: {'does NOT hold what the checkpoint says' if bad else 'holds what the checkpoint says'}",
+    ]
+    return [table, "", *map(Text, lines)]

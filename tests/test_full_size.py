@@ -1,0 +1,61 @@
+"""The 300B at its full shapes, headers over holes: a dry run is quick, and says how large the file will be."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.full_size import Size, write_sparse
+
+# Peak memory from /proc: ru_maxrss begins with the memory of the process that forked, which is all of pytest's.
+MEASURED = """
+import sys
+from pathlib import Path
+from ernie_gguf.cli import main
+try:
+    main()
+finally:
+    status = Path("/proc/self/status").read_text()
+    sys.stderr.write(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sparse(tmp_path_factory.mktemp("300B") / "ERNIE-4.5-300B-A47B-2Bits-Paddle")
+
+
+def dry_run(source: Path, *options: str) -> tuple[str, float, int]:
+    """Output, seconds and peak memory in kB of a process."""
+    begin = time.monotonic()
+    command = [sys.executable, "-c", MEASURED, "convert", str(source), "--dry-run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout, time.monotonic() - begin, int(done.stderr)
+
+
+def test_the_whole_300b(whole: Path) -> None:
+    out, seconds, peak = dry_run(whole)
+    assert seconds < 10  # measured: 1
+    assert peak < 300_000  # measured: 105,000
+    lines = out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(" ")}
+    assert rows["ccq2"][1:] == ["141", "264,945,795,072", "69.1", "GB", "71.8", "%", "2.088"]
+    assert rows["q4_0"][1:] == ["12", "22,548,578,304", "12.7", "GB", "13.2", "%", "4.5"]
+    assert rows["q8_0"][1:] == ["225", "10,267,656,192", "10.9", "GB", "11.3", "%", "8.5"]
+    assert rows["bf16"][1:] == ["2", "1,694,498,816", "3.4", "GB", "3.5", "%", "16"]
+    assert "-CCQ2.gguf: 591 tensors, 96.2 GB, 2.571 bits per weight; nothing was written (--dry-run)" in lines[-1]
+
+
+def test_embedding_and_head_in_q8_0(whole: Path) -> None:
+    types = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+    plan = json.loads(dry_run(whole, "--json", "--split-max-size", "40G", *types)[0])
+    assert plan["bytes"] == pytest.approx(94.6e9, rel=0.001)
+    assert "bf16" not in plan["types"]
+    assert [Path(file).name[-20:] for file in plan["files"]] == [f"-0000{i}-of-00003.gguf"[-20:] for i in (1, 2, 3)]
+
+
+def test_memory_does_not_grow_with_layers(tmp_path: Path, whole: Path) -> None:
+    small = write_sparse(tmp_path / "small", Size(1, 1, 1))
+    assert dry_run(whole)[2] - dry_run(small)[2] < 100_000  # kB; the headers of 30,000 tensors
