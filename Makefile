@@ -66,9 +66,9 @@ $(VENV)/.extras-$(EXTRAS): $(BIN)/ernie-gguf
 
 # --- the patched llama.cpp
 
-$(BUILD_DIR)/.patched: $(SERIES) scripts/tree.py | $(BIN)/ernie-gguf
+$(BUILD_DIR)/.patched: $(SERIES) ggml_patch/tree.py | $(BIN)/ernie-gguf
 	@mkdir -p $(BUILD_DIR)
-	$(BIN)/python scripts/tree.py checkout --tree $(TREE) --cache $(BUILD_DIR) $(if $(LLAMA_CPP_SRC),--source $(LLAMA_CPP_SRC))
+	$(BIN)/python ggml_patch/tree.py checkout --tree $(TREE) --cache $(BUILD_DIR) $(if $(LLAMA_CPP_SRC),--source $(LLAMA_CPP_SRC))
 	@touch $@
 
 checkout: $(BUILD_DIR)/.patched ## make the llama.cpp tree in BUILD_DIR: upstream, our new files, the patch series
@@ -76,7 +76,7 @@ checkout: $(BUILD_DIR)/.patched ## make the llama.cpp tree in BUILD_DIR: upstrea
 patch: checkout ## the same: a tree is never left without its patches
 
 refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (one commit per patch)
-	$(BIN)/python scripts/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
+	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
 	@touch $(BUILD_DIR)/.patched
 
 $(CPU)/build.ninja: $(BUILD_DIR)/.patched Makefile

@@ -1,4 +1,4 @@
-"""scripts/tree.py: the patched tree is made without fuzz, edits are never lost, a failure says how to go on."""
+"""ggml_patch/tree.py: the patched tree is made without fuzz, edits are never lost, a failure says how to go on."""
 
 from __future__ import annotations
 

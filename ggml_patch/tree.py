@@ -18,7 +18,7 @@ import tarfile
 from pathlib import Path
 from typing import NoReturn
 
-PATCH_DIR = Path(__file__).resolve().parent.parent / "ggml_patch"
+PATCH_DIR = Path(__file__).resolve().parent
 NEW_FILES = PATCH_DIR / "src"
 SERIES = PATCH_DIR / "series"
 PIN = PATCH_DIR / "upstream.txt"
