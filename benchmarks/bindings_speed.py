@@ -1,15 +1,12 @@
 """What the bindings cost: tokens per second against llama-bench, time to first token, import, memory after load.
 
-python benchmarks/bindings_speed.py FILE.gguf ... [--threads N] [--rounds N] [--json]
+python benchmarks/bindings_speed.py FILE.gguf ... [--threads N] [--rounds N]
 
 llama-bench only evaluates tokens; the bindings also choose them and make text of them, in a stream as a user has it.
 Both run in turn, so that other work on the machine meets both.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,8 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import machine, progress, report
-from ernie_llama import Llama, _library
+from common import add_llama_cpp, add_rounds, add_threads, benchmark_parser, llama_bench, machine, progress, report
+from ernie_llama import Llama
 from rich.table import Table
 
 IMPORT = "import time; t = time.perf_counter(); import ernie_llama; print(time.perf_counter() - t)"
@@ -61,26 +58,10 @@ class Speed:
     used: int
 
 
-def llama_bench(path: Path, n_tokens: int, threads: int) -> float:
-    """Tokens per second."""
-    program = _library.find()[1].parent / "llama-bench"
-    command: list[str | Path] = [
-        program,
-        "-m",
-        path,
-        "-p",
-        "0",
-        "-n",
-        str(n_tokens),
-        "-t",
-        str(threads),
-        "-r",
-        "1",
-        "-o",
-        "json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
+def bench(path: Path, options: argparse.Namespace) -> float:
+    """Tokens per second of llama-bench."""
+    arguments = ("-p", "0", "-n", str(options.generate), "-t", str(options.threads), "-r", "1")
+    return float(llama_bench(options.llama_cpp, path, *arguments)[0]["avg_ts"])
 
 
 def stream(llm: Llama, prompt: list[int], n_tokens: int) -> tuple[float, float]:
@@ -107,15 +88,15 @@ def import_seconds(rounds: int) -> float:
     return statistics.median(float(each) for each in times)
 
 
-def measure(path: Path, args: argparse.Namespace) -> Speed:
+def measure(path: Path, options: argparse.Namespace) -> Speed:
     """Everything about one file."""
     first_tokens, theirs, ours = [], [], []
-    with Llama(path, n_ctx=args.prompt_tokens + args.tokens + 8, n_threads=args.threads, cache_prompt=False) as llm:
-        prompt = [5 + i % 1000 for i in range(args.prompt_tokens)]
+    with Llama(path, n_ctx=options.prompt + options.generate + 8, n_threads=options.threads, cache_prompt=False) as llm:
+        prompt = [5 + i % 1000 for i in range(options.prompt)]
         stream(llm, prompt, 8)
-        for _ in progress(range(args.rounds), path.name):
-            theirs.append(llama_bench(path, args.tokens, args.threads))
-            ours.append(stream(llm, [5], args.tokens)[1])
+        for _ in progress(range(options.rounds), path.name):
+            theirs.append(bench(path, options))
+            ours.append(stream(llm, [5], options.generate)[1])
             first_tokens.append(stream(llm, prompt, 1)[0])
     pairs = list(zip(theirs, ours, strict=True))
     return Speed(
@@ -132,17 +113,22 @@ def measure(path: Path, args: argparse.Namespace) -> Speed:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__ or "")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=128, help="generated in each round")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="of the prompt whose first token is timed")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    add_llama_cpp(parser)
+    add_threads(parser, 1)
+    parser.add_argument("--generate", type=int, default=128, help="tokens in each round (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", type=int, default=128, help="tokens of the prompt whose first token is timed (default: %(default)s)"
+    )
+    add_rounds(parser, 7)
+    options = parser.parse_args()
+    if not (options.llama_cpp / "llama-bench").exists():
+        parser.error(f"{options.llama_cpp} holds no llama-bench (make build)")
+    os.environ["ERNIE_LLAMA_LIB_PATH"] = str(options.llama_cpp)  # the bindings and llama-bench use one build
 
-    importing = import_seconds(args.rounds)
-    speeds = [measure(path, args) for path in args.files]
+    importing = import_seconds(options.rounds)
+    speeds = [measure(path, options) for path in options.files]
     table = Table(
         "file",
         "MB",
@@ -150,10 +136,10 @@ def main() -> None:
         "bindings t/s",
         "share",
         "µs/token more",
-        f"first token of {args.prompt_tokens}, ms",
+        f"first token of {options.prompt}, ms",
         "loaded MB",
         "after a token MB",
-        title=f"{args.threads} thread(s), {args.tokens} tokens; import of ernie_llama: {importing * 1e3:.0f} ms",
+        title=f"{options.threads} threads, {options.generate} tokens; import of ernie_llama: {importing * 1e3:.0f} ms",
     )
     for each in speeds:
         table.add_row(
@@ -168,7 +154,7 @@ def main() -> None:
             f"{each.used / 1e6:.1f}",
         )
     results: dict[str, object] = {"machine": machine(), "import_seconds": importing, "files": speeds}
-    report(results, table, as_json=args.json)
+    report(results, table, options)
 
 
 if __name__ == "__main__":

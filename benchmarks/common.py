@@ -1,10 +1,12 @@
-"""What the benchmarks share: running a command under observation, the machine's name, tables."""
+"""What the benchmarks share: options, running a command under observation, the machine's name, tables and results."""
 
-from __future__ import annotations
-
+import argparse
+import io
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,13 +20,64 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+REPOSITORY = Path(__file__).parents[1]
+BUILT = REPOSITORY / "bindings" / "ernie_llama" / "lib"  # what `make build` links: libraries and programs
+RESULTS = REPOSITORY / "benchmarks" / "results"
 POLL_SECONDS = 0.01
 
 T = TypeVar("T")
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """A command line with the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON with every sample")
+    parser.add_argument("--save", action="store_true", help="append the table to benchmarks/results/MACHINE.md")
+    return parser
+
+
+def add_llama_cpp(parser: argparse.ArgumentParser) -> None:
+    """--llama-cpp: the build to measure."""
+    parser.add_argument(
+        "--llama-cpp", type=Path, default=BUILT, metavar="BIN", help="folder of llama.cpp's programs (default: built)"
+    )
+
+
+def add_rounds(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """--rounds: how often everything is measured, in turn, so that a slow minute of the machine meets all."""
+    text = "times that everything runs, in turn"
+    parser.add_argument("--rounds", type=positive, default=default, help=f"{text} (default: {default or 'by device'})")
+
+
+def add_threads(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    """--threads: one number."""
+    parser.add_argument("--threads", type=positive, default=default or os.cpu_count(), help="default: %(default)s")
+
+
+def add_folder(parser: argparse.ArgumentParser, room: str) -> None:
+    """--folder: where large files go for a while."""
+    parser.add_argument("--folder", type=Path, help=f"work in a new folder in here (default: TMPDIR); needs {room}")
+
+
+def positive(text: str) -> int:
+    """An option's value. Raises ValueError, which argparse reports."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def our_command() -> Path:
+    """`ernie-gguf` of the Python that runs this script; leaves if it is not installed."""
+    command = Path(sys.executable).parent / "ernie-gguf"
+    if not command.exists():
+        sys.exit(f"{command} not found: install the project into the Python that runs this (pip install -e .)")
+    return command
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:
@@ -122,7 +175,7 @@ def llama_bench(folder: Path, model: Path, *options: str) -> list[dict[str, Any]
     command: list[str | Path] = [folder / "llama-bench", "-m", model, "-o", "json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
+        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 
@@ -138,10 +191,11 @@ def cpu_model() -> str:
     return f"{name} (family {info.get('cpu family', '?')} model {info.get('model', '?')}; {vectors})"
 
 
-def machine() -> dict[str, object]:
+def machine(gpu: str = "") -> dict[str, object]:
     """Where and when a benchmark ran. `load` is the one-minute load average: above 1, other work shared the machine."""
     return {
         "cpu": cpu_model(),
+        **({"gpu": gpu} if gpu else {}),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load": round(os.getloadavg()[0], 2),
@@ -152,14 +206,50 @@ def machine() -> dict[str, object]:
     }
 
 
-def report(results: dict[str, object], table: Table, *, as_json: bool) -> None:
-    """Print either the results as JSON or the machine and the table."""
-    if as_json:
-        print(json.dumps(results, indent=2, default=asdict))
-        return
+def describe(where: dict[str, Any]) -> str:
+    """A machine in one line, without date and load."""
+    gpu = f"{where['gpu']}, " if "gpu" in where else ""
+    return f"{gpu}{where['cpu']}, {where['cores']} cores, {where['memory_bytes'] / 2**30:.0f} GiB"
+
+
+def report(results: dict[str, object], table: Table, options: argparse.Namespace) -> None:
+    """Print the results as JSON, or the table and the machine; with --save, also append the table to its file."""
     where = results["machine"]
     assert isinstance(where, dict)  # noqa: S101 - narrows the type
+    if options.save:
+        print(f"appended to {save(table, where)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(results, indent=2, default=asdict))
+        return
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    memory = where["memory_bytes"] / 2**30
-    console.print(f"{where['cpu']}, {where['cores']} cores, {memory:.0f} GiB, load {where['load']}, {where['date']}")
+    console.print(f"{describe(where)}, load {where['load']}, {where['date']}")
+
+
+def save(table: Table, where: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Append a table, its command and its date to the machine's file, which is begun if need be."""
+    folder.mkdir(exist_ok=True)
+    name = where.get("gpu") or f"{where['cpu'].split(';')[0]} {where['cores']} cores"
+    path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".md")
+    text = "" if path.exists() else f"# {describe(where)}\n"
+    text += f"\n## {table.title or 'results'}\n\n{where['date']}, load {where['load']}: `{command_line()}`\n\n"
+    with path.open("a") as file:
+        file.write(text + markdown(table))
+    return path
+
+
+def command_line() -> str:
+    """This script's own, with no more than the names of absolute paths."""
+    arguments = [re.sub(r"(^|=)/(\S*/)?(?=[^/])", r"\1…/", each) for each in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]).replace("'", "")
+
+
+def markdown(table: Table) -> str:
+    """A table without its title as a Markdown table, its caption below."""
+    caption, title, framed = table.caption, table.title, table.box
+    table.caption, table.title, table.box = None, None, box.MARKDOWN
+    out = io.StringIO()
+    Console(file=out, width=1000).print(table)
+    table.caption, table.title, table.box = caption, title, framed
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+    return "\n".join([*lines, *(["", str(caption)] if caption else [])]) + "\n"

@@ -1,15 +1,12 @@
 """Conversion and verification of ERNIE-4.5-300B-A47B-2Bits-Paddle's exact shapes: speed, memory, against `cp`.
 
-    python benchmarks/convert_full_size.py --scratch FOLDER [--dense 1 --int4 1 --ccq 2] [--threads 2] [--json]
+    python benchmarks/convert_full_size.py --folder FOLDER [--dense 1 --int4 1 --ccq 2]
 
 makes a checkpoint of so many layers of each kind (random codes, scales and code maps of a plausible model) and runs,
 several times interleaved: `cp` of its files, `ernie-gguf convert` and, once, `ernie-gguf verify`. What an earlier run
 wrote is flushed before the next begins, outside the time. A dry run of all 54 layers (headers over holes) is timed too.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
 import shutil
 import sys
@@ -20,7 +17,19 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from common import Run, machine, median_run, progress, report, run_observed
+from common import (
+    Run,
+    add_folder,
+    add_rounds,
+    add_threads,
+    benchmark_parser,
+    machine,
+    median_run,
+    our_command,
+    progress,
+    report,
+    run_observed,
+)
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -88,13 +97,13 @@ def timed(command: list[str | Path], made: Path) -> Run:
     return run
 
 
-def measure(source: Path, scratch: Path, threads: int, repeats: int) -> dict[str, Run]:
+def measure(source: Path, scratch: Path, threads: int, rounds: int) -> dict[str, Run]:
     """cp and convert interleaved, then verify."""
-    program = Path(sys.executable).parent / "ernie-gguf"
+    program = our_command()
     out = scratch / "out.gguf"
     convert: list[str | Path] = [program, "convert", source, "--outfile", out, "--threads", str(threads)]
     runs: dict[str, list[Run]] = {"cp": [], "convert": []}
-    for _ in progress(range(repeats), "measuring"):
+    for _ in progress(range(rounds), "measuring"):
         runs["cp"].append(timed(["cp", "-r", "--reflink=never", source, scratch / "copy"], scratch / "copy"))
         runs["convert"].append(timed(convert, out))
     run_observed(convert)
@@ -107,20 +116,19 @@ def measure(source: Path, scratch: Path, threads: int, repeats: int) -> dict[str
 
 def main() -> None:
     """Make, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: the system's own)")
-    for kind, default in (("dense", 1), ("int4", 1), ("ccq", 2)):
-        parser.add_argument(f"--{kind}", type=int, default=default, help=f"layers of this kind (default {default})")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
+    parser = benchmark_parser(__doc__ or "")
+    for storage, default in (("dense", 1), ("int4", 1), ("ccq", 2)):
+        parser.add_argument(f"--{storage}", type=int, default=default, help=f"layers so stored (default: {default})")
+    add_threads(parser)
+    add_rounds(parser, 3)
+    add_folder(parser, "five times the checkpoint, 6 GB by default")
     options = parser.parse_args()
     size = Size(options.dense, options.int4, options.ccq)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         scratch = Path(name)
         source = make_checkpoint(scratch / "source", size)
         total = sum(path.stat().st_size for path in source.iterdir())
-        runs = measure(source, scratch, options.threads, options.repeats)
+        runs = measure(source, scratch, options.threads, options.rounds)
     table = Table("", "seconds", "MB/s", "of cp", "CPU seconds", "peak memory, MB", "of it anonymous, MB")
     for each, run in runs.items():
         rate = total / run.wall / 1e6 if "dry" not in each else float("nan")
@@ -134,7 +142,7 @@ def main() -> None:
         "threads": options.threads,
         "runs": {each: asdict(run) for each, run in runs.items()},
     }
-    report(results, table, as_json=options.json)
+    report(results, table, options)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ llama.cpp tree. The checkpoint is in the page cache; what an earlier run wrote i
 outside the time. ccq2 is measured apart on one MoE layer: it is bound by computing, not by copying.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -24,10 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from common import Run, machine, median_run, progress, report, run_observed
+from common import (
+    REPOSITORY,
+    Run,
+    add_folder,
+    add_rounds,
+    benchmark_parser,
+    machine,
+    median_run,
+    our_command,
+    progress,
+    report,
+    run_observed,
+)
 from rich.table import Table
 
-REPOSITORY = Path(__file__).parents[1]
 TOKENIZER = REPOSITORY / "examples" / "ernie-tiny"
 
 # ERNIE-4.5-21B-A3B
@@ -191,14 +200,6 @@ def contenders(checkpoint: Path, scratch: Path, upstream: list[str | Path] | Non
     return found
 
 
-def our_command() -> Path:
-    """The command of the Python that runs this script."""
-    command = Path(sys.executable).parent / "ernie-gguf"
-    if not command.exists():
-        sys.exit(f"{command} not found: install the project into the Python that runs this (pip install -e .)")
-    return command
-
-
 def clear(path: Path) -> None:
     """Remove an earlier output and let the disk come to rest."""
     if path.is_dir():
@@ -223,15 +224,15 @@ def upstream_command(tree: Path | None, python: Path) -> tuple[list[str | Path] 
     return [python, script], ""
 
 
-def measure(competitors: list[Contender], repeat: int) -> dict[str, list[Run]]:
-    """Run everybody in turn, `repeat` times, after one copy that does not count.
+def measure(competitors: list[Contender], rounds: int) -> dict[str, list[Run]]:
+    """Run everybody in turn, `rounds` times, after one copy that does not count.
 
     In a virtual machine the first use of a page of memory is slow (measured: cp five times slower), whoever makes it.
     """
     runs: dict[str, list[Run]] = {c.name: [] for c in competitors}
     clear(competitors[0].output)
     run_observed(competitors[0].command)
-    for competitor in progress(competitors * repeat, "measuring"):
+    for competitor in progress(competitors * rounds, "measuring"):
         clear(competitor.output)
         runs[competitor.name].append(run_observed(competitor.command))
     for competitor in competitors:
@@ -272,32 +273,29 @@ def table_of(results: dict[str, Run], size: int) -> Table:
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--size", type=float, default=4, help="gigabytes of checkpoint (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, help="where to work; needs three times the size (default: a temporary one)"
-    )
+    add_rounds(parser, 3)
+    add_folder(parser, "three times the size")
     parser.add_argument("--upstream", type=Path, metavar="TREE", help="llama.cpp source tree")
     parser.add_argument("--upstream-python", type=Path, default=Path(sys.executable), help="a Python with torch")
     parser.add_argument("--ccq2", action="store_true", help="also measure --outtype ccq2 on two layers (slow)")
-    parser.add_argument("--json", action="store_true", help="print JSON, every run included")
     return parser.parse_args()
 
 
 def main() -> None:
     """Make the checkpoint, measure, print."""
-    arguments = parse_arguments()
-    upstream, missing = upstream_command(arguments.upstream, arguments.upstream_python)
+    options = parse_arguments()
+    upstream, missing = upstream_command(options.upstream, options.upstream_python)
     if missing:
         print(f"upstream's converter is skipped: {missing}", file=sys.stderr)
     where = machine()
-    with tempfile.TemporaryDirectory(prefix="convert-speed-", dir=arguments.folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix="convert-speed-", dir=options.folder) as temporary:
         folder = Path(temporary)
-        layers = layers_that_fit(int(arguments.size * 1e9))
+        layers = layers_that_fit(int(options.size * 1e9))
         checkpoint = make_checkpoint(folder / "checkpoint", layers)
         size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
-        runs = measure(contenders(checkpoint, folder, upstream), arguments.repeat)
+        runs = measure(contenders(checkpoint, folder, upstream), options.rounds)
         medians = {name: median_run(each) for name, each in runs.items()}
         results: dict[str, object] = {
             "machine": where,
@@ -308,14 +306,14 @@ def main() -> None:
             "upstream_skipped": missing or None,
         }
         table = table_of(medians, size)
-        if arguments.ccq2:
+        if options.ccq2:
             weights, run = measure_ccq2(folder, 1)
             results["ccq2"] = {"expert_weights": weights, **asdict(run)}
             table.caption = (
                 f"ccq2: {weights / 1e6:,.0f} million expert weights in {run.wall:.1f} s "
                 f"({weights / run.wall / 1e6:,.1f} M/s), peak anonymous {run.peak_anonymous / 1e6:,.0f} MB"
             )
-    report(results, table, as_json=arguments.json)
+    report(results, table, options)
 
 
 if __name__ == "__main__":

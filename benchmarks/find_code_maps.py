@@ -71,23 +71,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=16, help="maps in the pool")
     parser.add_argument("--candidates", type=int, default=40000, help="random maps of each kind")
-    parser.add_argument("--keep", type=int, default=400, help="of each kind that compete")
+    parser.add_argument("--finalists", type=int, default=400, help="of each kind that compete")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--weights", type=int, default=512, help="in a row: the shorter, the more rows differ")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    maps = [FIRST, *screen(args.candidates, args.keep, rng)]
-    error = row_errors(maps, args.rows, args.weights, rng)
-    best = np.full(args.rows, np.inf, np.float32)
-    chosen = choose(error, args.size)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    maps = [FIRST, *screen(options.candidates, options.finalists, rng)]
+    error = row_errors(maps, options.rows, options.weights, rng)
+    best = np.full(options.rows, np.inf, np.float32)
+    chosen = choose(error, options.size)
     for i in chosen:
         best = np.minimum(best, error[i])
         m, z = maps[i]
         print(f"    ({m}, {z}),  # alone {error[i].mean():.4f}, best of the pool so far {best.mean():.4f}")
-    fresh = np.random.default_rng(args.seed + 1)  # rows that nothing was chosen by
-    found = row_errors([maps[i] for i in chosen], args.rows, args.weights, fresh)
-    given = row_errors(list(POOL), args.rows, args.weights, np.random.default_rng(args.seed + 1))
+    fresh = np.random.default_rng(options.seed + 1)  # rows that nothing was chosen by
+    found = row_errors([maps[i] for i in chosen], options.rows, options.weights, fresh)
+    given = row_errors(list(POOL), options.rows, options.weights, np.random.default_rng(options.seed + 1))
     print(f"on other rows: this pool {found.min(0).mean():.4f}, CODE_MAPS {given.min(0).mean():.4f}")
 
 

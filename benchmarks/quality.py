@@ -13,32 +13,36 @@ held-out.txt, context 512 (the defaults). That takes 6.5 minutes with --threads 
 chooses rows; without torch, leave ccq2-calibrated out.
 
 Disk: the probabilities take 2 bytes times vocabulary for every second token of the text (0.7 GB for ernie-mini, 7 GB
-with ERNIE's 103,424 words), and the bf16 file and one quantized file lie beside them; in TMPDIR, or in --keep.
+with ERNIE's 103,424 words), and the bf16 file and one quantized file lie beside them, in TMPDIR or --folder.
 """
-
-from __future__ import annotations
 
 import argparse
 import codecs
-import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import machine, progress, report
+from common import (
+    add_folder,
+    add_llama_cpp,
+    add_threads,
+    benchmark_parser,
+    machine,
+    our_command,
+    positive,
+    progress,
+    report,
+)
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.gguf_file.types import ccq2_row_size
 from rich.table import Table
 
-REPOSITORY = Path(__file__).parents[1]
-ERNIE_GGUF = Path(sys.executable).parent / "ernie-gguf"
 TOOLS = ("llama-perplexity", "llama-imatrix", "llama-quantize")
 
 CALIBRATED = "ccq2-calibrated"
@@ -86,10 +90,10 @@ def run(command: Sequence[str | Path]) -> str:
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
-    said = done.stdout.decode(errors="replace")
+    output = done.stdout.decode(errors="replace")
     if done.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{said[-3000:]}")
-    return said
+        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{output[-3000:]}")
+    return output
 
 
 def parse_divergence(output: str) -> Divergence:
@@ -140,57 +144,57 @@ def types_of(name: str) -> tuple[str, str]:
     return (name.removesuffix("-calibrated"), "bf16" if name == "bf16" else "q8_0")
 
 
-def command_to_make(name: str, path: Path, arguments: argparse.Namespace) -> list[str | Path]:
+def command_to_make(name: str, path: Path, options: argparse.Namespace) -> list[str | Path]:
     """The command that writes a row's file; for llama.cpp's types from bf16.gguf and imatrix.gguf beside it."""
     if name == CALIBRATED:
-        texts = [part for text in arguments.calibration for part in ("--calibration", text)]
-        options = ["--threads", str(arguments.threads), *shlex.split(arguments.quantize_args)]
-        return [ERNIE_GGUF, "quantize", arguments.checkpoint, *texts, "--outfile", path, *options]
+        texts = [part for text in options.calibration for part in ("--calibration", text)]
+        more = ["--threads", str(options.threads), *shlex.split(options.quantize_args)]
+        return [our_command(), "quantize", options.checkpoint, *texts, "--outfile", path, *more]
     if name not in PEERS:
-        return [ERNIE_GGUF, "convert", arguments.checkpoint, "--outtype", name, "--outfile", path]
+        return [our_command(), "convert", options.checkpoint, "--outtype", name, "--outfile", path]
     types = ["--tensor-type", f"ffn_(gate|up|down)_exps={name}"]
     types += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
     imatrix, source = path.with_name("imatrix.gguf"), path.with_name("bf16.gguf")
-    tool = arguments.llama_cpp / "llama-quantize"
-    return [tool, "--imatrix", imatrix, *types, source, path, "Q8_0", str(arguments.threads)]
+    tool = options.llama_cpp / "llama-quantize"
+    return [tool, "--imatrix", imatrix, *types, source, path, "Q8_0", str(options.threads)]
 
 
-def make(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[GgufFile, float]:
+def make(name: str, folder: Path, options: argparse.Namespace) -> tuple[GgufFile, float]:
     """Write a row's file, checked to be what it is called; also returns the seconds that it took."""
     path = folder / f"{name}.gguf"
     begin = time.perf_counter()
-    said = run(command_to_make(name, path, arguments))
+    output = run(command_to_make(name, path, options))
     seconds = time.perf_counter() - begin
     if name in PEERS:
-        check_imatrix_was_used(said)
+        check_imatrix_was_used(output)
     file = read_gguf(path)
     check_types(file, *types_of(name))
     return file, seconds
 
 
-def tool(program: str, folder: Path, model: str, arguments: argparse.Namespace) -> list[str | Path]:
+def tool(program: str, folder: Path, model: str, options: argparse.Namespace) -> list[str | Path]:
     """The start of a command: one of llama.cpp's programs, a model in the folder, context and threads."""
-    options = ["-c", str(arguments.context), "-t", str(arguments.threads)]
-    return [arguments.llama_cpp / program, "-m", folder / f"{model}.gguf", *options]
+    shared = ("-c", str(options.context), "-t", str(options.threads))
+    return [options.llama_cpp / program, "-m", folder / f"{model}.gguf", *shared]
 
 
-def prepare(folder: Path, arguments: argparse.Namespace) -> float:
+def prepare(folder: Path, options: argparse.Namespace) -> float:
     """Write bf16.gguf, bf16.kld and, where a row needs it, imatrix.gguf; returns the seconds that bf16.gguf took."""
-    _, seconds = make("bf16", folder, arguments)
-    options: list[str | Path] = ["-f", folder / "evaluation.txt", "--kl-divergence-base", folder / "bf16.kld"]
-    said = run([*tool("llama-perplexity", folder, "bf16", arguments), *options])
-    if "Final estimate: PPL" not in said:  # too short a text is no failure to it
-        sys.exit(f"llama-perplexity printed no perplexity of {arguments.evaluate}:\n{said[-3000:]}")
-    if any(name in PEERS for name in arguments.only):
-        options = ["-f", folder / "calibration.txt", "-o", folder / "imatrix.gguf", "--no-ppl"]
-        run([*tool("llama-imatrix", folder, "bf16", arguments), *options])
+    _, seconds = make("bf16", folder, options)
+    files = ("-f", folder / "evaluation.txt", "--kl-divergence-base", folder / "bf16.kld")
+    output = run([*tool("llama-perplexity", folder, "bf16", options), *files])
+    if "Final estimate: PPL" not in output:  # it exits with 0 even if the text is too short
+        sys.exit(f"llama-perplexity printed no perplexity of {options.evaluate}:\n{output[-3000:]}")
+    if any(name in PEERS for name in options.only):
+        files = ("-f", folder / "calibration.txt", "-o", folder / "imatrix.gguf")
+        run([*tool("llama-imatrix", folder, "bf16", options), *files, "--no-ppl"])
     return seconds
 
 
-def measure(name: str, file: GgufFile, seconds: float, folder: Path, arguments: argparse.Namespace) -> Row:
+def measure(name: str, file: GgufFile, seconds: float, folder: Path, options: argparse.Namespace) -> Row:
     """Compare a row's file with the probabilities kept of bf16."""
-    options: list[str | Path] = ["--kl-divergence-base", folder / "bf16.kld", "--kl-divergence"]
-    divergence = parse_divergence(run([*tool("llama-perplexity", folder, name, arguments), *options]))
+    base = ("--kl-divergence-base", folder / "bf16.kld", "--kl-divergence")
+    divergence = parse_divergence(run([*tool("llama-perplexity", folder, name, options), *base]))
     experts = [tensor for tensor in file.tensors if EXPERTS in tensor.name]
     size = file.path.stat().st_size
     return Row(
@@ -203,17 +207,17 @@ def measure(name: str, file: GgufFile, seconds: float, folder: Path, arguments: 
     )
 
 
-def measure_all(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """All rows in turn; only bf16.gguf stays on the disk beside the row's file, or all with --keep."""
+def measure_all(folder: Path, options: argparse.Namespace) -> list[Row]:
+    """All rows in turn; only bf16.gguf stays on the disk beside the row's file."""
     rows = []
-    for name in progress(["preparing", *arguments.only], "measuring"):
+    for name in progress(["preparing", *options.only], "measuring"):
         if name == "preparing":
-            bf16_seconds = prepare(folder, arguments)
+            bf16_seconds = prepare(folder, options)
             continue
         bf16 = name == "bf16"
-        file, seconds = (read_gguf(folder / "bf16.gguf"), bf16_seconds) if bf16 else make(name, folder, arguments)
-        rows.append(measure(name, file, seconds, folder, arguments))
-        if not bf16 and not arguments.keep:
+        file, seconds = (read_gguf(folder / "bf16.gguf"), bf16_seconds) if bf16 else make(name, folder, options)
+        rows.append(measure(name, file, seconds, folder, options))
+        if not bf16:
             file.path.unlink()
     return rows
 
@@ -243,42 +247,23 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-@contextmanager
-def working_folder(keep: Path | None) -> Iterator[Path]:
-    """The folder to keep, or a temporary one."""
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep
-        return
-    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        yield Path(folder)
-
-
-def read_texts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[bytes, bytes]:
+def read_texts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[bytes, bytes]:
     """The calibration texts one after another, and the part of the evaluation text that is used."""
     try:
-        calibration = b"".join(path.read_bytes() for path in arguments.calibration)
-        evaluation = head(arguments.evaluate.read_bytes(), arguments.evaluate_bytes)
+        calibration = b"".join(path.read_bytes() for path in options.calibration)
+        evaluation = head(options.evaluate.read_bytes(), options.evaluate_bytes)
     except OSError as exc:
         parser.error(f"{exc.filename}: {exc.strerror}")
     except UnicodeDecodeError as exc:
-        parser.error(f"{arguments.evaluate}: not UTF-8 at byte {exc.start}")
+        parser.error(f"{options.evaluate}: not UTF-8 at byte {exc.start}")
     if evaluation in calibration:
-        parser.error(f"{arguments.evaluate}: this text is empty or was used for calibration; give another")
+        parser.error(f"{options.evaluate}: this text is empty or was used for calibration; give another")
     return calibration, evaluation
-
-
-def positive(text: str) -> int:
-    """An option's value. Raises ValueError, which argparse reports."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__ or "")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a BF16 ERNIE-4.5-MoE")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True, metavar="TEXT")
     parser.add_argument("--evaluate", type=Path, required=True, metavar="TEXT", help="not used for calibration")
@@ -286,47 +271,42 @@ def make_parser() -> argparse.ArgumentParser:
         "--evaluate-bytes", type=positive, default=250_000, help="of the evaluation text (default: %(default)s)"
     )
     parser.add_argument("--context", type=positive, default=512, help="tokens (default: %(default)s)")
-    built = REPOSITORY / "bindings" / "ernie_llama" / "lib"
-    parser.add_argument(
-        "--llama-cpp", type=Path, default=built, metavar="BIN", help="folder of the patched programs (default: built)"
-    )
+    add_llama_cpp(parser)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="TYPE", help=" ".join(ROWS))
     parser.add_argument(
         "--quantize-args", default="", metavar="ARGS", help='more for ernie-gguf quantize: --quantize-args="--device …"'
     )
-    parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="default: %(default)s")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder that keeps all files")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_threads(parser)
+    add_folder(parser, "see above")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the files one by one, measure, print."""
     parser = make_parser()
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     for program in TOOLS:
-        if not (arguments.llama_cpp / program).exists():
-            parser.error(f"{arguments.llama_cpp} holds no {program} (make build)")
-    if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
-        parser.error(f"{arguments.keep} is not empty: files of another run would be taken for this one's")
-    calibration, evaluation = read_texts(parser, arguments)
+        if not (options.llama_cpp / program).exists():
+            parser.error(f"{options.llama_cpp} holds no {program} (make build)")
+    calibration, evaluation = read_texts(parser, options)
     where = machine()
-    with working_folder(arguments.keep) as folder:
+    with tempfile.TemporaryDirectory(prefix="quality-", dir=options.folder) as name:
+        folder = Path(name)
         (folder / "calibration.txt").write_bytes(calibration)
         (folder / "evaluation.txt").write_bytes(evaluation)
-        rows = measure_all(folder, arguments)
+        rows = measure_all(folder, options)
     results: dict[str, object] = {
         "machine": where,
-        "checkpoint": str(arguments.checkpoint),
-        "calibration": [str(path) for path in arguments.calibration],
-        "evaluation": str(arguments.evaluate),
+        "checkpoint": str(options.checkpoint),
+        "calibration": [str(path) for path in options.calibration],
+        "evaluation": str(options.evaluate),
         "evaluation_bytes": len(evaluation),
-        "context": arguments.context,
-        "quantize_args": arguments.quantize_args,
+        "context": options.context,
+        "quantize_args": options.quantize_args,
         "rows": rows,
     }
-    title = f"{arguments.checkpoint.name} against bf16, {len(evaluation):,} bytes of {arguments.evaluate.name}"
-    report(results, table_of(rows, title), as_json=arguments.json)
+    title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {options.evaluate.name}"
+    report(results, table_of(rows, title), options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ all 28 layers is what was measured before the first MoE layer, and 27 times the 
 attention, moments, encoding and writing are all in it. Random weights spread the tokens over the experts evenly.
 """
 
-import argparse
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, report
-from convert_speed import REPOSITORY, make_checkpoint
+from common import REPOSITORY, add_folder, add_threads, benchmark_parser, machine, report
+from convert_speed import make_checkpoint
 from ernie_gguf.ccq2.code_maps import POOL
 from ernie_gguf.checkpoint.shards import read_headers
 from ernie_gguf.convert import prepare
@@ -80,25 +78,22 @@ def measure(checkpoint: Path, text: Path, settings: Settings, tokens: int, out: 
 
 def main() -> None:
     """Make, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, default=4, help="one dense, the others MoE; at least 3")
     parser.add_argument("--tokens", type=int, default=196608, help="to calibrate with")
     parser.add_argument("--text", type=Path, help="instead of this repository's sources")
     parser.add_argument("--maps", type=int, default=len(POOL))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--scratch", type=Path, help="a folder with room for the checkpoint (1.5 GB per layer)")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.scratch))
-    try:
-        checkpoint = make_checkpoint(folder / "ernie-21b-random", args.layers)
+    add_threads(parser)
+    add_folder(parser, "1.5 GB per layer")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="quantize-model-", dir=options.folder) as name:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder / "ernie-21b-random", options.layers)
         balance(checkpoint)
-        text = args.text or own_text(folder, args.tokens)
-        settings = Settings(args.device, args.threads, args.maps)
-        times = measure(checkpoint, text, settings, args.tokens, folder / "out.gguf")
-    finally:
-        shutil.rmtree(folder)
+        text = options.text or own_text(folder, options.tokens)
+        settings = Settings(options.device, options.threads, options.maps)
+        times = measure(checkpoint, text, settings, options.tokens, folder / "out.gguf")
     first, others = times[0], times[1:] or times  # the first has all that comes before it in its time
     layer = float(np.mean([each.seconds for each in others]))
     whole = first.seconds - layer + (MODEL_LAYERS - 1) * layer
@@ -108,19 +103,19 @@ def main() -> None:
         rate = each.weights / each.seconds / 1e6
         table.add_row(f"{each.layer}{note}", f"{each.seconds:.1f}", f"{rate:.1f}", f"{each.metric_error:.4f}")
     table.add_row("the 21B, 28 layers", f"{whole:.0f}, that is {whole / 60:.1f} min", "", "")
-    what = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
+    what = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     results: dict[str, object] = {
         "machine": machine(),
         "device": what,
         "gpu_peak_bytes": peak,
-        "maps": args.maps,
+        "maps": options.maps,
         "layers": times,
         "whole_seconds": whole,
     }
-    report(results, table, as_json=args.json)
-    if peak and not args.json:
-        print(f"{what}: {peak / 1e9:.1f} GB at most; {args.maps} code maps per row")
+    report(results, table, options)
+    if peak and not options.json:
+        print(f"{what}: {peak / 1e9:.1f} GB at most; {options.maps} code maps per row")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the plain encoding that the report compares with. The time for the whole model i
 leaves out reading the checkpoint and the forward pass, which benchmarks/quantize_model.py has.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import ParamSpec
 
 import torch
-from common import machine, report
+from common import benchmark_parser, machine, report
 from ernie_gguf.ccq2.code_maps import POOL
 from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
 from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
@@ -79,26 +78,25 @@ def _wait(device: str) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--experts", type=int, help="at once (default: 1 on a CPU, 32 on a GPU)")
     parser.add_argument("--maps", type=int, nargs="*", default=[1, len(POOL)], help="code maps tried per row")
     parser.add_argument("--torch", action="store_true", help="plain torch instead of the compiled or Triton search")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)  # a rate per core
-    experts = args.experts or (1 if args.device == "cpu" else 32)
-    kernels = TorchKernels() if args.torch else kernels_for(args.device)
+    experts = options.experts or (1 if options.device == "cpu" else 32)
+    kernels = TorchKernels() if options.torch else kernels_for(options.device)
     with torch.inference_mode():
-        timings = [timing for maps in args.maps for timing in measure(args.device, experts, maps, kernels)]
-    what = "one core" if args.device == "cpu" else torch.cuda.get_device_name()
+        timings = [timing for maps in options.maps for timing in measure(options.device, experts, maps, kernels)]
+    what = "one core" if options.device == "cpu" else torch.cuda.get_device_name()
     table = Table("shape", "code maps", "search, M weights/s", "all, M weights/s", f"the 21B's experts on {what}")
     for timing in timings:
         rates = (timing.weights / seconds / 1e6 for seconds in (timing.search_seconds, timing.seconds))
         left = f"{timing.seconds * MODEL_WEIGHTS / timing.weights / 60:,.0f} min"
         table.add_row(timing.shape, str(timing.maps), *(f"{rate:.2f}" for rate in rates), left)
     results: dict[str, object] = {"machine": machine(), "device": what, "experts": experts, "timings": timings}
-    report(results, table, as_json=args.json)
+    report(results, table, options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Synthetic GGUF files of ERNIE-4.5 shapes for the speed scripts: random but finite weights, no tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,6 +71,16 @@ def tame_ccq2(rows: Bytes) -> None:
     rows[:, :16] = header.view(np.uint8)
 
 
+def with_row_scale(id_: int, block: int, meta: int, scale: float) -> Type:
+    """A type whose row begins with `meta` bytes of one float16 or float32 scale, then blocks of 256 weights."""
+    header = np.frombuffer(np.array(scale, f"<f{meta}").tobytes(), np.uint8)
+
+    def tame(rows: Bytes) -> None:
+        rows[:, :meta] = header
+
+    return Type(id_, lambda k: meta + k // 256 * block, tame)
+
+
 def tame_f32(rows: Bytes) -> None:
     """Uniform floats, of either sign."""
     values = rows.view(np.float32)
@@ -88,6 +96,13 @@ TYPES = {
     "q4_0": block_type(2, 32, 18, {0: WEIGHT / 4}),
     "q8_0": block_type(8, 32, 34, {0: WEIGHT / 64}),
     "f32": Type(0, lambda k: 4 * k, tame_f32),
+}
+# Those of ik_llama.cpp that other builds do not know
+IK_TYPES = {
+    "iq2_ks": with_row_scale(145, 70, 2, WEIGHT / 256),
+    "iq2_k": block_type(137, 256, 76, {0: WEIGHT / 256}),
+    "iq2_kl": with_row_scale(157, 86, 2, WEIGHT / 512),
+    "iq2_kt": with_row_scale(153, 68, 4, WEIGHT / 4096),
 }
 
 
@@ -133,18 +148,18 @@ def tensors(shape: Shape, layers: int, vocab: int, expert_type: Type) -> Iterato
     yield Tensor("output_norm.weight", (shape.hidden,), exact)
 
 
-def mlp(name: str, stack: tuple[int, ...], hidden: int, width: int, kind: Type) -> Iterator[Tensor]:
+def mlp(name: str, stack: tuple[int, ...], hidden: int, width: int, ggml_type: Type) -> Iterator[Tensor]:
     """Gate, up and down of an MLP, or of a stack of experts."""
-    yield Tensor(name.format("gate"), (*stack, width, hidden), kind)
-    yield Tensor(name.format("up"), (*stack, width, hidden), kind)
-    yield Tensor(name.format("down"), (*stack, hidden, width), kind)
+    yield Tensor(name.format("gate"), (*stack, width, hidden), ggml_type)
+    yield Tensor(name.format("up"), (*stack, width, hidden), ggml_type)
+    yield Tensor(name.format("down"), (*stack, hidden, width), ggml_type)
 
 
 @lru_cache(maxsize=4)
-def random_rows(kind: Type, rows: int, k: int) -> bytes:
+def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     """Rows of `k` random weights."""
-    data = np.random.default_rng(k).integers(0, 256, (rows, kind.row_size(k)), np.uint8)
-    kind.tame(data)
+    data = np.random.default_rng(k).integers(0, 256, (rows, ggml_type.row_size(k)), np.uint8)
+    ggml_type.tame(data)
     return data.tobytes()
 
 
