@@ -1,14 +1,15 @@
 """Threads that work for a run: results in order, the same whatever the number of threads, and quick to stop."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
+from ..workers import in_order
 from .kernels import Books, Kernels, RowGroup
 from .metric import GroupMetric
 
@@ -43,13 +44,7 @@ class Workers:
 
     def in_order(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         """What the calls return, one after another; few more are under way than there are workers."""
-        pending: deque[Future[T]] = deque()
-        for call in calls:
-            pending.append(self._pool.submit(_without_gradients, call))
-            if len(pending) > self._threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        return in_order((partial(_without_gradients, call) for call in calls), self._pool, self._threads)
 
     def stoppable(self, kernels: Kernels) -> Kernels:
         """The same kernels for calls `in_order`: an expert takes up to minutes, a group of its columns a second."""
