@@ -1,9 +1,9 @@
-"""Answer the lines of standard input, one JSON object a line: {"prompt": ..., "text": ..., "tokens": ...}.
+"""Answer the lines of standard input, one JSON object per line: {"prompt": ..., "text": ..., "tokens": ...}.
 
 python examples/batch.py ernie.gguf "Translate to French: " < sentences.txt > answers.jsonl
 
-The instruction that all prompts begin with is evaluated once: the cache keeps it. To have several prompts computed at
-the same time, start `ernie-gguf serve ernie.gguf -- --parallel 8` and send them to it from as many threads.
+The instruction that all prompts start with is evaluated once and stays in the cache. To compute several prompts at the
+same time, start `ernie-gguf serve ernie.gguf -- --parallel 8` and send them from eight threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ernie_llama import Llama
 
 
 def main(model: str, instruction: str = "") -> None:
-    """Write an answer for each line."""
+    """Print an answer to each line."""
     with Llama(model, n_ctx=2048) as llm:
         for line in sys.stdin:
             prompt = line.rstrip("\n")

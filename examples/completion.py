@@ -11,7 +11,7 @@ from ernie_llama import Llama
 
 
 def main(model: str, prompt: str) -> None:
-    """Print the prompt and what the model writes after it."""
+    """Print the prompt and its completion."""
     with Llama(model, n_ctx=1024) as llm:
         completion = llm(prompt, max_tokens=64, temperature=0.8, seed=42, stop=["\n\n\n"], echo=True)
     print(completion["choices"][0]["text"])

@@ -1,4 +1,4 @@
-"""Make the model fill in a form: the answer is JSON of a schema, whatever the model would rather write.
+"""Make the model fill in a form: the answer always follows a JSON schema.
 
 python examples/json_schema.py ernie.gguf "Ada Lovelace, born in 1815, wrote the first program."
 """
@@ -23,7 +23,7 @@ SCHEMA = {
 
 
 def main(model: str, text: str) -> None:
-    """Print the form as the model fills it in."""
+    """Print the completed form."""
     with Llama(model, n_ctx=1024) as llm:
         chat = llm.create_chat_completion(
             [{"role": "user", "content": f"Describe the person of this text as JSON: {text}"}],

@@ -1,6 +1,6 @@
-"""Spread a model over several machines by llama.cpp's RPC.
+"""Spread a model over several machines with llama.cpp's RPC.
 
-On each machine, with llama.cpp built with -DGGML_RPC=ON (trusted networks only: the protocol has no protection):
+On each machine (in trusted networks only: the protocol is not protected):
 
     ggml-rpc-server -H 0.0.0.0 -p 50052
 
@@ -22,8 +22,8 @@ from ernie_llama import Llama
 
 
 def main(model: str, servers: str, prompt: str) -> None:
-    """Print which devices there are, and what they write together."""
-    # A layer goes to each device by its free memory; tensor_split=[1, 3] would give the second three of four.
+    """Print the devices and what they generate together."""
+    # Devices get layers in proportion to their free memory; tensor_split=[1, 3] would give the second 3 of 4.
     with Llama(model, n_ctx=1024, rpc_servers=servers, n_gpu_layers=-1) as llm:
         print(*(f"{device.name}: {device.description}" for device in ernie_llama.info().devices), sep="\n")
         print(llm(prompt, max_tokens=32, temperature=0, echo=True)["choices"][0]["text"])

@@ -1,4 +1,4 @@
-"""Ask a question and show the answer as it is written, reasoning apart from content.
+"""Ask a question and show the answer while it is generated, reasoning on stderr.
 
 python examples/streaming_chat.py ernie.gguf "What does os.walk return?"
 """

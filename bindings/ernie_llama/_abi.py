@@ -1,4 +1,4 @@
-"""Whether a library has the structs that these bindings pass to it, found out without passing any."""
+"""Checks that a library uses the structs of these bindings, before any struct is passed to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from . import _structs
 
-# What the pinned version's *_default_params functions return, in fields all over the structs.
+# What the pinned version's *_default_params functions return, for fields spread over the structs.
 _EXPECTED: dict[str, tuple[type[ctypes.Structure], Mapping[str, float | None]]] = {
     "llama_model_default_params": (
         _structs.llama_model_params,
@@ -56,13 +56,13 @@ _FILL = 0xA5
 
 
 class _Roomy(ctypes.Structure):
-    """What a function that returns a larger struct than expected can write to without harm."""
+    """Room for a struct that is larger than expected."""
 
     _fields_ = [("bytes", ctypes.c_ubyte * _ROOM)]
 
 
 def difference(library: ctypes.CDLL) -> str | None:
-    """How the ABI of `library`, which has all functions, differs from the pinned one; None if it does not."""
+    """How the ABI of `library`, which has all functions, differs from the pinned one; None if it is the same."""
     library.llama_version.restype = ctypes.c_char_p
     version = library.llama_version().decode(errors="replace")
     if version.split("-")[0].split(".")[:2] != _structs.VERSION.split(".")[:2]:
@@ -81,15 +81,15 @@ def _wrong_default(
     defaults = struct.from_buffer_copy(function())
     for field, value in expected.items():
         found = getattr(defaults, field)
-        if getattr(found, "value", found) != value:  # a handle has its address in value
+        if getattr(found, "value", found) != value:  # a handle keeps its address in `value`
             return f"its {name} gives {field} = {found}, expected {value}: {struct.__name__} has another layout"
     return None
 
 
 def _wrong_size(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure]) -> str | None:
-    """Fields added at the end are seen by what the function writes.
+    """Detect fields added at the end, which have no default to compare, by how many bytes the function writes.
 
-    Only where the place of a returned struct is passed like a first argument; elsewhere the defaults must do.
+    Works only where the caller passes the address of a returned struct as a hidden first argument.
     """
     if platform.machine() not in {"x86_64", "AMD64"}:
         return None
@@ -107,5 +107,5 @@ def _wrong_size(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure])
 
 
 def _untyped(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
-    """The function as an object of its own, so that its types can be set without changing the library's."""
+    """A separate object for the function, whose types can be set without changing those of `library`."""
     return library[name]

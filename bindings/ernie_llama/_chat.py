@@ -1,4 +1,4 @@
-"""Chats: what a request asks of the grammar, and an answer's pieces as chat results."""
+"""Chats: the grammar that a request asks for, and the dictionaries of its answer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import _json_schema
-from ._completion import Completion, Piece, TokenLogprobs
-from ._output import END_TOOL_CALL, TOOL_CALL, Content, OutputParser, Part, Reasoning, ToolCall
+from ._completion import Completion, TextPiece, TokenLogprobs
+from ._output import END_TOOL_CALL, TOOL_CALL, Content, OutputParser, OutputPart, Reasoning, ToolCall
 from .llama_grammar import LlamaGrammar
 from .llama_types import (
     ChatCompletionLogprobs,
@@ -27,17 +27,17 @@ from .llama_types import (
 
 
 def format_grammar(response_format: ChatCompletionRequestResponseFormat) -> LlamaGrammar | None:
-    """The grammar of the answers that are asked for; None if they are any text.
+    """The grammar that a response format asks for; None for plain text.
 
     Raises:
-        ValueError: there is no such format, or its schema cannot be kept.
+        ValueError: the format is unknown, or its schema has no grammar.
     """
-    kind = response_format.get("type")
-    if kind == "text":
+    format_type = response_format.get("type")
+    if format_type == "text":
         return None
-    if kind == "json_object":
+    if format_type == "json_object":
         return LlamaGrammar.from_json_schema(response_format.get("schema", {"type": "object"}))
-    if kind == "json_schema" and isinstance(response_format.get("json_schema"), dict):
+    if format_type == "json_schema" and isinstance(response_format.get("json_schema"), dict):
         return LlamaGrammar.from_json_schema(response_format["json_schema"].get("schema", {}))
     raise ValueError(
         f"response_format is {response_format!r}, expected the type text, json_object (with or without a schema) or "
@@ -48,10 +48,10 @@ def format_grammar(response_format: ChatCompletionRequestResponseFormat) -> Llam
 def tool_grammar(
     tools: Sequence[ChatCompletionTool] | None, choice: ChatCompletionToolChoiceOption | None
 ) -> LlamaGrammar | None:
-    """The grammar of the calls that `choice` leaves; None if the model may answer as it likes.
+    """The grammar of the calls that `choice` forces; None if it forces none.
 
     Raises:
-        ValueError: the choice is not among the tools, or a tool's parameters cannot be kept by a grammar.
+        ValueError: the choice is not among the tools, or a tool's parameters have no grammar.
     """
     if choice is None or choice in ("auto", "none"):
         return None
@@ -75,16 +75,16 @@ def tool_grammar(
 
 
 def _move_definitions(schema: dict[str, Any], document: dict[str, Any]) -> None:
-    """Put the definitions of `schema`, which becomes a part of `document`, where its references will look."""
+    """Move the definitions of `schema` to `document`, which will contain it: that is where references look."""
     for key in ("$defs", "definitions"):
-        ours = document.setdefault(key, {})
+        definitions = document.setdefault(key, {})
         for name, definition in schema.pop(key, {}).items():
-            if ours.setdefault(name, definition) != definition:
+            if definitions.setdefault(name, definition) != definition:
                 raise ValueError(f"two tools define {key}/{name} differently: rename one of them")
 
 
 class ChatResults:
-    """Makes the dictionaries of one chat completion."""
+    """Makes the result dictionaries of a chat completion."""
 
     def __init__(self, completion: Completion, model_name: str, *, thinking: bool) -> None:
         self._completion = completion
@@ -94,9 +94,9 @@ class ChatResults:
         self._parser = OutputParser(thinking)
         self._n_calls = 0
 
-    def whole(self) -> CreateChatCompletionResponse:
-        """Everything at once."""
-        parts: list[Part] = []
+    def response(self) -> CreateChatCompletionResponse:
+        """The complete result."""
+        parts: list[OutputPart] = []
         logprobs: list[TokenLogprobs] = []
         finish: FinishReason = "stop"
         for piece in self._completion.pieces():
@@ -120,7 +120,7 @@ class ChatResults:
         }
 
     def chunks(self) -> Iterator[CreateChatCompletionStreamResponse]:
-        """The role, then every part as it becomes certain, then the finish reason."""
+        """The role, then each part as it becomes final, then the finish reason."""
         yield self._chunk({"role": "assistant"}, [], None)
         for piece in self._completion.pieces():
             logprobs = piece.logprobs
@@ -132,17 +132,17 @@ class ChatResults:
             elif logprobs:
                 yield self._chunk({}, logprobs, None)
 
-    def _parts(self, piece: Piece) -> Iterator[Part]:
+    def _parts(self, piece: TextPiece) -> Iterator[OutputPart]:
         for part in self._parser.feed(piece.text):
             self._n_calls += isinstance(part, ToolCall)
             yield part
         if piece.finish_reason:
             yield from self._parser.flush()
 
-    def _finish_reason(self, piece: Piece) -> FinishReason | None:
+    def _finish_reason(self, piece: TextPiece) -> FinishReason | None:
         return "tool_calls" if piece.finish_reason == "stop" and self._n_calls else piece.finish_reason
 
-    def _delta(self, part: Part) -> ChatCompletionStreamResponseDelta:
+    def _delta(self, part: OutputPart) -> ChatCompletionStreamResponseDelta:
         if isinstance(part, ToolCall):
             return {"tool_calls": [{"index": self._n_calls - 1, **_call(part)}]}
         return {"reasoning_content": part.text} if isinstance(part, Reasoning) else {"content": part.text}
@@ -171,7 +171,7 @@ class ChatResults:
         return {"content": [_token_entry(each) for each in entries], "refusal": None}
 
 
-def _message(parts: Sequence[Part]) -> ChatCompletionResponseMessage:
+def _message(parts: Sequence[OutputPart]) -> ChatCompletionResponseMessage:
     content = "".join(part.text for part in parts if isinstance(part, Content))
     calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
     message: ChatCompletionResponseMessage = {

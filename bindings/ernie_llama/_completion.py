@@ -1,4 +1,4 @@
-"""One completion: from prompt tokens to pieces of text, with log probabilities."""
+"""One completion: from prompt tokens to text, with log probabilities."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token, its place in its text, and the likeliest tokens there with their log probabilities.
+    """A token, where it starts in the text, and the likeliest tokens at its position.
 
-    The first token of a prompt has none.
+    `logprob` is None for the first token of a prompt.
     """
 
     token: bytes
@@ -34,8 +34,8 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that is certain, with the tokens that end in it; the last piece has a finish reason."""
+class TextPiece:
+    """Text that is final, with the tokens that end in it; the last piece has a finish reason."""
 
     text: str
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -44,16 +44,17 @@ class Piece:
 
 @dataclass
 class Completion:
-    """What is asked for; `completion_tokens` counts while `pieces` runs.
+    """A request, and what is known of its result while `pieces` runs.
 
     Attributes:
         prompt: token ids.
-        limit: tokens to generate at most.
+        limit: maximum number of tokens to generate.
         stop: strings that end the text.
-        logprobs: how many of the likeliest tokens to report; None for no log probabilities at all.
-        shown: control tokens that are part of the text.
-        echo: whether log probabilities of the prompt are asked for; they need an engine that keeps all logits.
-        prompt_logprobs: those, once the first token is chosen.
+        logprobs: number of likeliest tokens to report; None for no log probabilities at all.
+        visible: control tokens that are part of the text.
+        echo: whether to report the prompt's log probabilities too, which needs an engine that keeps all logits.
+        completion_tokens: number of tokens generated so far.
+        prompt_logprobs: log probabilities of the prompt, available once the first token is chosen.
     """
 
     engine: Engine
@@ -63,20 +64,20 @@ class Completion:
     limit: int
     stop: Sequence[str]
     logprobs: int | None = None
-    shown: frozenset[int] = frozenset()
+    visible: frozenset[int] = frozenset()
     echo: bool = False
     completion_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Generate; a piece for each token that makes text certain, and one at the end."""
+    def pieces(self) -> Iterator[TextPiece]:
+        """Generate: one piece for each token that makes text final, and one at the end."""
         model = self.engine.model
         stream = TextStream(self.stop)
         waiting: list[TokenLogprobs] = []
         released = 0
         finished = False
         tokens = self.engine.generate(self.prompt, self.sampling, self.seed, reset=True)
-        with contextlib.closing(tokens):  # so that the Llama is free again before the last piece is out
+        with contextlib.closing(tokens):  # so that the Llama is free before the last piece is yielded
             for token in tokens:
                 if self.echo and not self.completion_tokens and self.logprobs is not None:
                     self.prompt_logprobs = self._prompt_logprobs()
@@ -84,21 +85,21 @@ class Completion:
                 if finished:
                     break
                 self.completion_tokens += 1
-                piece = model.token_to_piece(token, special=token in self.shown)
+                piece = model.token_to_piece(token, special=token in self.visible)
                 if self.logprobs is not None:
                     waiting.append(self._token_logprobs(token, piece, stream.n_decoded))
                 text = stream.feed(piece)
                 if text:
                     released += len(text)
-                    yield Piece(text, [each for each in waiting if each.offset < released])
+                    yield TextPiece(text, [each for each in waiting if each.offset < released])
                     waiting = [each for each in waiting if each.offset >= released]
                 finished = stream.stopped
                 if finished or self.completion_tokens == self.limit:
                     break
-        yield Piece(stream.flush(), [] if stream.stopped else waiting, "stop" if finished else "length")
+        yield TextPiece(stream.flush(), [] if stream.stopped else waiting, "stop" if finished else "length")
 
     def usage(self) -> CompletionUsage:
-        """Token counts so far."""
+        """The token counts so far."""
         return {
             "prompt_tokens": len(self.prompt),
             "completion_tokens": self.completion_tokens,
@@ -106,7 +107,7 @@ class Completion:
         }
 
     def _token_logprobs(self, token: int, piece: bytes, offset: int) -> TokenLogprobs:
-        with self.engine.turns.pause():  # another thread may be closing the Llama
+        with self.engine.lock.between_steps():  # another thread may be closing the Llama
             logprobs = log_softmax(self.engine.last_logits())
         return TokenLogprobs(
             piece, offset, float(logprobs[token]), top(self.engine.model, logprobs, self.logprobs or 0)
@@ -119,8 +120,8 @@ class Completion:
         model, stream = self.engine.model, TextStream()
         entries = []
         for i, token in enumerate(self.prompt):
-            unseen = i == 0 and token == model.token_bos()  # tokenize() puts it before texts
-            piece, offset = model.token_to_piece(token, special=not unseen), stream.n_decoded
+            hidden = i == 0 and token == model.token_bos()  # added by tokenize(), not part of the text
+            piece, offset = model.token_to_piece(token, special=not hidden), stream.n_decoded
             stream.feed(piece)
             if i == 0:
                 entries.append(TokenLogprobs(piece, offset, None, []))
@@ -133,7 +134,7 @@ class Completion:
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Log probabilities along the last axis."""
-    import numpy as np  # noqa: PLC0415 - see Context.logits
+    import numpy as np  # see Context.logits
 
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -141,7 +142,7 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def top(model: Model, logprobs: npt.NDArray[np.float32], n: int) -> list[tuple[bytes, float]]:
-    """The `n` likeliest tokens, control tokens as they are spelled, likeliest first."""
+    """The `n` likeliest tokens, likeliest first; control tokens as they are spelled."""
     n = min(n, len(logprobs))
     best: Sequence[int] = logprobs.argpartition(-n)[-n:].tolist() if n else []
     ordered = sorted(((float(logprobs[i]), i) for i in best), key=lambda pair: (-pair[0], pair[1]))
@@ -149,7 +150,7 @@ def top(model: Model, logprobs: npt.NDArray[np.float32], n: int) -> list[tuple[b
 
 
 def as_lists(entries: Sequence[TokenLogprobs], offset: int) -> CompletionLogprobs:
-    """In the shape of completions; `offset` is where the text begins that the entries count from."""
+    """`entries` in the shape of a completion; `offset` is added to theirs."""
     return {
         "tokens": [each.token.decode(errors="replace") for each in entries],
         "text_offset": [offset + each.offset for each in entries],
@@ -159,7 +160,7 @@ def as_lists(entries: Sequence[TokenLogprobs], offset: int) -> CompletionLogprob
 
 
 def _top_dictionary(entry: TokenLogprobs) -> dict[str, float] | None:
-    """The likeliest tokens, and the one that came even if it is none of them; as text, so alike ones fall together."""
+    """The likeliest tokens and the chosen one, by text: tokens with the same text share an entry."""
     if entry.logprob is None:
         return None
     likeliest = {token.decode(errors="replace"): logprob for token, logprob in entry.top}
@@ -167,18 +168,18 @@ def _top_dictionary(entry: TokenLogprobs) -> dict[str, float] | None:
 
 
 class Results:
-    """Makes the dictionaries of one completion."""
+    """Makes the result dictionaries of a completion."""
 
     def __init__(self, completion: Completion, model_name: str, prompt: str) -> None:
-        """`prompt`: its text, which is written before the first piece if the completion echoes."""
+        """`prompt` is the prompt's text, which an echoing completion puts first."""
         self._completion = completion
         self._prompt = prompt
         self._id = f"cmpl-{uuid.uuid4()}"
         self._created = int(time.time())
         self._model_name = model_name
 
-    def whole(self) -> CreateCompletionResponse:
-        """Everything at once."""
+    def response(self) -> CreateCompletionResponse:
+        """The complete result."""
         pieces = list(self._completion.pieces())
         text = "".join(piece.text for piece in pieces)
         entries = [each for piece in pieces for each in piece.logprobs]
@@ -191,7 +192,7 @@ class Results:
         return result
 
     def chunks(self) -> Iterator[CreateCompletionResponse]:
-        """A chunk for each piece; the last is without text unless some was held back."""
+        """One chunk per piece; the last has text only if some was held back."""
         for i, piece in enumerate(self._completion.pieces()):
             if i == 0 and self._completion.echo:
                 entries = None if self._completion.logprobs is None else as_lists(self._completion.prompt_logprobs, 0)

@@ -1,13 +1,10 @@
-"""A context: the KV cache of one sequence, and the logits of what was evaluated last."""
+"""A context: the KV cache of one sequence, and the logits of the last evaluated batch."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _structs
@@ -24,13 +21,13 @@ _NO_ABORT = _structs.ggml_abort_callback()
 
 
 class Context(Handle):
-    """Owns a `llama_context` of one sequence."""
+    """Owns a `llama_context` for one sequence."""
 
     def __init__(self, library: ctypes.CDLL, model: Model, fields: Mapping[str, int | float | bool]) -> None:
-        """Make a context; `fields` are those of `llama_context_params` that differ from llama.cpp's defaults.
+        """Make a context; `fields` replace llama.cpp's defaults in `llama_context_params`.
 
         Raises:
-            ValueError: llama.cpp refuses, with its reason (not enough memory, say).
+            ValueError: llama.cpp refuses, with its reason (such as too little memory).
         """
         params = library.llama_context_default_params()
         for name, value in fields.items():
@@ -39,12 +36,12 @@ class Context(Handle):
         pointer = library.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise ValueError(f"no context of {params.n_ctx} tokens can be made: {LOG.problems()}")
-        stop = threading.Event()  # a local: the handle keeps the callback, which must not keep the handle
+        stop = threading.Event()  # a local: the callback must not keep the handle alive, which keeps the callback
         self._stop = stop
         self._abort = _structs.ggml_abort_callback(lambda _data: stop.is_set())
         super().__init__("context", pointer, library.llama_free, model, self._abort)
         self._library = library
-        # llama.cpp may round what was asked for.
+        # llama.cpp may round these up.
         self.n_ctx = int(library.llama_n_ctx(pointer))
         self.n_batch = int(library.llama_n_batch(pointer))
         self.pooling_type = int(library.llama_pooling_type(pointer))
@@ -53,15 +50,15 @@ class Context(Handle):
         self._one = _batch([0], 0, logits_all=True)
 
     def decode(self, tokens: Sequence[int], n_past: int, logits_all: bool) -> None:
-        """Evaluate at most `n_batch` tokens at positions `n_past`, ...; logits for the last token or for all.
+        """Evaluate at most `n_batch` tokens from position `n_past` on, with logits for the last token or for all.
 
         Raises:
             RuntimeError: llama_decode failed.
-            KeyboardInterrupt: Ctrl-C; what part of the tokens is in the cache then is unknown.
+            KeyboardInterrupt: Ctrl-C; any part of the tokens may be in the cache then.
         """
         n = len(tokens)
         LOG.forget()
-        # The callback costs a call into Python per graph node: worth it for a prompt, not for each generated token.
+        # The abort callback costs a call into Python per graph node: too much for every generated token.
         if n == 1:
             self._one.token[0], self._one.pos[0] = tokens[0], n_past
             code = self._library.llama_decode(self.pointer, self._one)
@@ -79,35 +76,35 @@ class Context(Handle):
             library.llama_set_abort_callback(pointer, _NO_ABORT, None)
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
-        """A copy of the logits of the last `decode`, [rows, n_vocab]; `rows` is the number that it was asked for."""
-        import numpy as np  # noqa: PLC0415 - most users never look at logits, and numpy is most of the import time
+        """A copy of the logits of the last `decode`, [rows, n_vocab]; `rows` is 1, or the batch size if it kept all."""
+        import numpy as np  # most users never look at logits, and numpy is most of the import time
 
         pointer = self._library.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, (rows, self._n_vocab)).copy()
 
     def embeddings(self, rows: int) -> list[list[float]]:
-        """The hidden state of each token of the last `decode`, [rows, n_embd], of a context made for embeddings."""
+        """The hidden states of the last `decode`, [rows, n_embd]; the context must be made for embeddings."""
         pointer = self._library.llama_get_embeddings(self.pointer)
         n = self._n_embd
         return [pointer[i * n : (i + 1) * n] for i in range(rows)]
 
     def pooled_embedding(self) -> list[float]:
-        """The pooled hidden state of the last `decode`, [n_embd], of a context made for embeddings with pooling."""
+        """The pooled hidden state of the last `decode`, [n_embd]; the context must be made for pooled embeddings."""
         embedding: list[float] = self._library.llama_get_embeddings_seq(self.pointer, 0)[: self._n_embd]
         return embedding
 
     def state(self) -> bytes:
-        """The KV cache, as `set_state` takes it."""
+        """The KV cache, in the form that `set_state` accepts."""
         size = self._library.llama_state_get_size(self.pointer)
         buffer = (ctypes.c_uint8 * size)()
         written = self._library.llama_state_get_data(self.pointer, buffer, size)
         return bytes(memoryview(buffer)[:written])
 
     def set_state(self, state: bytes) -> None:
-        """Put a KV cache back.
+        """Restore a KV cache.
 
         Raises:
-            ValueError: it is of another model, or of a context with other options.
+            ValueError: it belongs to another model, or to a context with other options.
         """
         LOG.forget()
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
@@ -115,13 +112,13 @@ class Context(Handle):
             raise ValueError(f"the state does not belong to this model and these options: {LOG.problems()}")
 
     def set_lora(self, adapter: _structs.llama_adapter_lora_p, scale: float) -> None:
-        """Use an adapter of the model."""
+        """Apply a LoRA adapter of the model."""
         adapters = (_structs.llama_adapter_lora_p * 1)(adapter)
         if self._library.llama_set_adapters_lora(self.pointer, adapters, 1, (ctypes.c_float * 1)(scale)):
             raise ValueError(f"the LoRA adapter cannot be used: {LOG.problems()}")
 
     def keep(self, n_past: int) -> None:
-        """Forget every position from `n_past` on."""
+        """Forget all positions from `n_past` on."""
         memory = self._library.llama_get_memory(self.pointer)
         if n_past == 0:
             self._library.llama_memory_clear(memory, True)
@@ -137,15 +134,3 @@ def _batch(tokens: Sequence[int], n_past: int, logits_all: bool) -> _structs.lla
         pos=(_structs.llama_pos * n)(*range(n_past, n_past + n)),
         logits=(ctypes.c_int8 * n)(*([1] * n if logits_all else [0] * (n - 1) + [1])),
     )
-
-
-def physical_cores() -> int:
-    """Cores that this process may run on; hyper-threads of one core count once, as in llama.cpp's own default."""
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    try:
-        siblings = {Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text() for cpu in cpus}
-    except OSError:  # a container without /sys
-        return len(cpus)
-    return len(siblings)

@@ -1,4 +1,4 @@
-"""The signatures of the libllama functions that the bindings call, as one table."""
+"""The signatures of the libllama functions that the bindings call."""
 
 from __future__ import annotations
 
@@ -55,12 +55,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_load_from_file": (llama_model_p, [c_char_p, llama_model_params]),
     "llama_model_free": (None, [llama_model_p]),
     "llama_model_get_vocab": (llama_vocab_p, [llama_model_p]),
-    "llama_model_n_ctx_train": (c_int32, [llama_model_p]),
     "llama_model_n_embd": (c_int32, [llama_model_p]),
     "llama_model_meta_count": (c_int32, [llama_model_p]),
     "llama_model_meta_key_by_index": (c_int32, [llama_model_p, c_int32, c_char_p, c_size_t]),
     "llama_model_meta_val_str_by_index": (c_int32, [llama_model_p, c_int32, c_char_p, c_size_t]),
-    "llama_model_n_layer": (c_int32, [llama_model_p]),
     "llama_model_chat_template": (c_char_p, [llama_model_p, c_char_p]),
     "llama_adapter_lora_init": (llama_adapter_lora_p, [llama_model_p, c_char_p]),
     "llama_set_adapters_lora": (c_int32, [llama_context_p, POINTER(llama_adapter_lora_p), c_size_t, POINTER(c_float)]),
@@ -115,7 +113,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 def declare(library: ctypes.CDLL) -> list[str]:
-    """Set the result and argument types of every function in `FUNCTIONS`; returns the names that are missing."""
+    """Set the result and argument types of every function in `FUNCTIONS`; return the names that are missing."""
     missing = []
     for name, (result, arguments) in FUNCTIONS.items():
         try:

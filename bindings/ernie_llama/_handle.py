@@ -1,4 +1,4 @@
-"""Owners of C objects."""
+"""Ownership of C objects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Handle:
-    """Owns one C object: frees it once, on `close`, when it is collected, or at exit, whichever comes first.
+    """Owns a C object: frees it once, on `close`, on garbage collection or at exit, whichever comes first.
 
-    `keep` is what must outlive the C object (a context's model, a callback); the newest object is freed first at exit.
+    `keep` holds what must outlive the C object (a context's model, a callback). At exit the newest object goes first.
     """
 
     def __init__(self, what: str, pointer: ctypes.c_void_p, free: Callable[[Any], None], *keep: object) -> None:

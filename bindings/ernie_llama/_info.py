@@ -1,4 +1,4 @@
-"""Which library is loaded, and what it can do."""
+"""Which library is loaded, and what it supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import _library
 
 @dataclass(frozen=True)
 class Device:
-    """A device that llama.cpp can compute on."""
+    """A device that llama.cpp can use."""
 
     name: str
     description: str
@@ -23,17 +23,17 @@ class Info:
     """The loaded libllama.
 
     Attributes:
-        path: the file.
-        origin: who named its place (an environment variable, the package, the checkout).
-        version: llama.cpp's version.
-        build_number: its build number, None if there is no libllama-common beside the library, which holds it.
-        ggml_version: of the tensor library.
-        commit: that ggml was built from.
-        ccq2: whether it reads ccq2 tensors (a patched build).
-        cuda: whether CUDA is in it.
-        rpc: whether the RPC backend is in it.
-        devices: what it can compute on, RPC servers included.
-        system_info: the instruction sets that the CPU code was built for.
+        path: path of the library.
+        origin: where that path comes from: an environment variable, the package or the checkout.
+        version: version of llama.cpp.
+        build_number: build number of llama.cpp; None without libllama-common beside the library, which holds it.
+        ggml_version: version of ggml.
+        commit: commit that ggml was built from.
+        ccq2: whether the library reads ccq2 tensors, that is, whether it is patched.
+        cuda: whether the library supports CUDA.
+        rpc: whether the library supports RPC.
+        devices: available devices, including those of RPC servers.
+        system_info: instruction sets that the CPU code was built for.
     """
 
     path: Path
@@ -63,11 +63,11 @@ class Info:
 
 
 def info() -> Info:
-    """Load the library if it is not loaded yet, and say which it is.
+    """Describe the library, after loading it if necessary.
 
     Raises:
-        LibraryNotFoundError: there is none.
-        OSError: it is not usable, with the reason.
+        LibraryNotFoundError: there is no library.
+        OSError: the library cannot be used, with the reason.
     """
     place, path = _library.find()
     library = _library.load()
@@ -92,6 +92,6 @@ def info() -> Info:
 
 def _build_number(path: Path) -> int | None:
     common = path.with_name(path.name.replace("llama", "llama-common", 1))
-    with contextlib.suppress(OSError, ValueError):  # not there, or without the variable
+    with contextlib.suppress(OSError, ValueError):  # the file or the variable is missing
         return ctypes.c_int.in_dll(ctypes.CDLL(str(common)), "LLAMA_BUILD_NUMBER").value
     return None

@@ -13,20 +13,20 @@ T = TypeVar("T")
 class Interruptible(Generic[T]):
     """Runs a C call that polls `stop` through a callback, so that Ctrl-C ends it early.
 
-    Python runs signal handlers in the main thread and between bytecodes only, and an exception that is raised in a
-    ctypes callback is lost. So the call runs in a thread of its own while the main thread waits where a signal can
-    reach it. Called from another thread, which gets no signals, it is a plain call. One object serves one call.
+    Python runs signal handlers only in the main thread and between bytecodes, and loses exceptions raised in a ctypes
+    callback. The call therefore runs in a thread of its own, while the main thread waits where signals reach it.
+    Other threads receive no signals; there it is a plain call. Use one object per call.
     """
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
-        # Not Thread.join and is_alive: before Python 3.13 an interrupted join takes a running thread for dead.
+        # Not Thread.join: before Python 3.13, is_alive() is wrong after an interrupted join.
         self._done = threading.Event()
         self._results: list[T] = []
         self._errors: list[BaseException] = []
 
     def run(self, call: Callable[[], T]) -> T:
-        """The result of `call`, or the exception that it or a signal handler raised; `call` has ended either way."""
+        """Return the result of `call`, or raise what it or a signal handler raised; `call` has ended either way."""
         if threading.current_thread() is not threading.main_thread():
             return call()
         self._stop.clear()
@@ -36,7 +36,7 @@ class Interruptible(Generic[T]):
         except BaseException:
             self._stop.set()
             while not self._done.is_set():
-                with contextlib.suppress(KeyboardInterrupt):  # impatience: the call is ending already
+                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: the call is already ending
                     self._done.wait()
             raise
         if self._errors:
@@ -46,7 +46,7 @@ class Interruptible(Generic[T]):
     def _start(self, call: Callable[[], T]) -> None:
         try:
             threading.Thread(target=self._work, args=(call,), name="ernie_llama").start()
-        except RuntimeError:  # no thread to be had: there is nothing to wait for
+        except RuntimeError:  # no thread could be started, so there is nothing to wait for
             self._done.set()
             raise
 

@@ -1,14 +1,13 @@
-"""From a JSON schema to a GBNF grammar of the texts that it allows.
+"""Converts a JSON schema to a GBNF grammar of the texts that it allows.
 
-Understood: `type` (also a list of types), `properties`, `required`, `additionalProperties`, `items`, `prefixItems`,
+Supported: `type` (also a list of types), `properties`, `required`, `additionalProperties`, `items`, `prefixItems`,
 `minItems`, `maxItems`, `minLength`, `maxLength`, `minimum`, `maximum`, `exclusiveMinimum` and `exclusiveMaximum` of
 integers, `enum`, `const`, `anyOf`, `oneOf`, `$ref` within the document (also recursive), `format` date, time, date-time
-and uuid, and boolean schemas. `oneOf` is taken as `anyOf`: a grammar cannot say "only one". Annotations (`title`,
-`description`, ...) mean nothing. Everything else is refused by name, so that no text is taken for valid because a rule
-was overlooked.
+and uuid, and boolean schemas. `oneOf` is treated as `anyOf`: a grammar cannot express "exactly one". Annotations
+(`title`, `description`, ...) are ignored. Everything else is refused by name, so that no rule is silently dropped.
 
-Properties are written in the order of the schema, and no others beside them: with a rule for others, a text could
-name a property twice and break its schema.
+Properties appear in the order of the schema, and only those: if a rule allowed others, a text could repeat a property
+and break the schema.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ._integer_range import integer_range
-
 ANNOTATIONS = frozenset({
     "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
     "readOnly", "writeOnly",
 })  # fmt: skip
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
-# Rules that are added when something names them.
+# Rules that are added to a grammar that refers to them.
 RULES = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
     "char": r'[^"\\\x7F\x00-\x1F] | [\\] (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
@@ -50,10 +47,10 @@ FORMATS = {"date": "date", "time": "time", "date-time": 'date "T" time', "uuid":
 
 
 def grammar(schema: Any) -> str:  # noqa: ANN401 - parsed JSON
-    """GBNF text whose root is `schema`.
+    """A GBNF grammar whose root is `schema`.
 
     Raises:
-        ValueError: the schema says something that the grammar could not keep, or is not a schema; names the place.
+        ValueError: the schema is not one, or contains something that a grammar cannot express; names the place.
     """
     converter = _Converter(schema)
     converter.define("root", converter.rule(schema, "#"))
@@ -61,7 +58,7 @@ def grammar(schema: Any) -> str:  # noqa: ANN401 - parsed JSON
 
 
 class _Converter:
-    """Collects the rules of one grammar."""
+    """Collects the rules of a grammar."""
 
     def __init__(self, document: Any) -> None:  # noqa: ANN401
         self._document = document
@@ -82,7 +79,7 @@ class _Converter:
         return "\n".join(f"{name} ::= {body}" for name, body in rules.items()) + "\n"
 
     def rule(self, schema: Any, place: str) -> str:  # noqa: ANN401
-        """The body of a rule for `schema`, which is at `place` of the document."""
+        """The body of a rule for `schema`, which is at `place` in the document."""
         if schema is True or schema == {}:
             return "value"
         if not isinstance(schema, Mapping):
@@ -100,25 +97,27 @@ class _Converter:
                 return convert(schema, place)
         types = schema.get("type", _implied_type(schema))
         if isinstance(types, list):
-            return _group(_alternatives(self._typed(_part(schema, each, types), each, place) for each in types))
+            return _group(_alternatives(self._typed(_for_type(schema, each, types), each, place) for each in types))
         return self._typed(schema, types, place)
 
-    def _typed(self, schema: Mapping[str, Any], kind: object, place: str) -> str:
-        if kind == "object":
+    def _typed(self, schema: Mapping[str, Any], json_type: object, place: str) -> str:
+        if json_type == "object":
             return self._object(schema, place)
-        if kind == "array":
+        if json_type == "array":
             return self._array(schema, place)
-        if kind == "string":
+        if json_type == "string":
             return _string(schema, place)
-        if kind == "integer":
+        if json_type == "integer":
             return _integer(schema, place)
-        if kind in TYPES:
+        if json_type in TYPES:
             _only(schema, {"type"}, place)
-            return str(kind)
-        if kind is None:
+            return str(json_type)
+        if json_type is None:
             _only(schema, set(), place)
             return "value"
-        raise ValueError(f"JSON schema, {place}/type: found {json.dumps(kind)}, expected one of {', '.join(TYPES)}")
+        raise ValueError(
+            f"JSON schema, {place}/type: found {json.dumps(json_type)}, expected one of {', '.join(TYPES)}"
+        )
 
     def _object(self, schema: Mapping[str, Any], place: str) -> str:
         _only(schema, {"type", "properties", "required", "additionalProperties"}, place)
@@ -136,7 +135,7 @@ class _Converter:
             return f'"{{" ws ({other} ("," ws {other})*)? "}}"'
         if not isinstance(others, bool):
             raise ValueError(
-                f"JSON schema, {place}: additionalProperties with a schema is understood only without properties"
+                f"JSON schema, {place}: additionalProperties with a schema is supported only without properties"
             )
         return _braced([(name, key in required) for name, key in members])
 
@@ -150,7 +149,7 @@ class _Converter:
                 or least not in {0, len(first)}
                 or most not in {None, len(first)}
             ):
-                raise ValueError(f"JSON schema, {place}: prefixItems are understood only as all items of the array")
+                raise ValueError(f"JSON schema, {place}: prefixItems are supported only as all items of the array")
             items = [self.rule(item, f"{place}/prefixItems/{i}") for i, item in enumerate(first)]
             return '"[" ws ' + ' "," ws '.join(f"{item} ws" for item in items) + ' "]"'
         item = self._named(self.rule(schema.get("items", True), f"{place}/items") + " ws", place)
@@ -184,7 +183,7 @@ class _Converter:
         return found
 
     def _named(self, body: str, place: str) -> str:
-        """A rule of its own for `body`: what is repeated must be one symbol."""
+        """The name of a rule for `body`: only a single symbol can be repeated."""
         for name, other in self._rules.items():
             if other == body:
                 return name
@@ -195,10 +194,10 @@ class _Converter:
 
 
 def _braced(members: list[tuple[str, bool]]) -> str:
-    """An object of `members` (rule, whether required) in order."""
+    """A rule body for an object with `members` (rule, required) in this order."""
 
     def after(i: int) -> str:
-        """What may follow, from member i on, when something has been written before."""
+        """The members from i on, after another member."""
         if i == len(members):
             return ""
         name, required = members[i]
@@ -206,7 +205,7 @@ def _braced(members: list[tuple[str, bool]]) -> str:
         return f" {this if required else f'({this})?'}{after(i + 1)}"
 
     def ways(i: int) -> list[str]:
-        """Every way to begin with member i or a later one."""
+        """One body for each member from i on that may be the first."""
         if i == len(members):
             return [""]
         name, required = members[i]
@@ -231,7 +230,7 @@ def _string(schema: Mapping[str, Any], place: str) -> str:
         _only(schema, {"type", "format"}, place)
         if schema["format"] not in FORMATS:
             found, known = json.dumps(schema["format"]), ", ".join(FORMATS)
-            raise ValueError(f"JSON schema, {place}/format: found {found}, understood are {known}")
+            raise ValueError(f"JSON schema, {place}/format: found {found}, supported are {known}")
         return f'"\\"" {FORMATS[schema["format"]]} "\\""'
     least, most = _bounds(schema, "minLength", "maxLength", place)
     if (least, most) == (0, None):
@@ -272,7 +271,7 @@ def _bounds(schema: Mapping[str, Any], low: str, high: str, place: str) -> tuple
 
 
 def _implied_type(schema: Mapping[str, Any]) -> str | None:
-    """The type of a schema that does not say it."""
+    """The type of a schema that does not name it."""
     if {"properties", "additionalProperties", "required"} & set(schema):
         return "object"
     if {"items", "prefixItems", "minItems", "maxItems"} & set(schema):
@@ -288,22 +287,22 @@ _OF_TYPE = {
 }
 
 
-def _part(schema: Mapping[str, Any], kind: str, kinds: list[str]) -> Mapping[str, Any]:
-    """What a schema of several types says about one of them; what belongs to none stays, to be refused."""
-    others: set[str] = set().union(*(_OF_TYPE.get(each, set()) for each in kinds if each != kind))
+def _for_type(schema: Mapping[str, Any], json_type: str, types: list[str]) -> Mapping[str, Any]:
+    """What a schema with several types says about one of them. What belongs to none stays, and will be refused."""
+    others: set[str] = set().union(*(_OF_TYPE.get(each, set()) for each in types if each != json_type))
     return {key: value for key, value in schema.items() if key not in others}
 
 
 def _only(schema: Mapping[str, Any], keys: set[str], place: str) -> None:
     if unknown := sorted(set(schema) - keys - ANNOTATIONS):
         raise ValueError(
-            f"JSON schema, {place}: {', '.join(unknown)} cannot be kept by a grammar here; leave it out and check the "
-            "answer yourself, or pass a grammar of your own"
+            f"JSON schema, {place}: {', '.join(unknown)} cannot be expressed by the grammar; leave it out and check "
+            "the answer yourself, or pass your own grammar"
         )
 
 
 def _literal(value: Any) -> str:  # noqa: ANN401
-    """A GBNF literal of the compact JSON text of `value`."""
+    """A GBNF literal for the compact JSON text of `value`."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -318,3 +317,61 @@ def _group(body: str) -> str:
 
 def _without_literals(body: str) -> str:
     return re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', " ", body)
+
+
+# The bound of integers that have none; the rule "integer" has as many digits.
+LARGEST = 10**16 - 1
+
+
+def integer_range(low: int | None, high: int | None) -> str:
+    """The body of a rule for the integers from `low` to `high`; None stands for -LARGEST or LARGEST.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+    low = -LARGEST if low is None else low
+    high = LARGEST if high is None else high
+    if low > high:
+        raise ValueError(f"there is no integer from {low} to {high}")
+    ways = []
+    if low < 0:
+        ways.append(f'"-" ({" | ".join(_magnitudes(max(1, -high), -low))})')
+    if high >= 0:
+        ways += _magnitudes(max(0, low), high)
+    return " | ".join(ways)
+
+
+def _magnitudes(low: int, high: int) -> list[str]:
+    """Rule bodies for `low` to `high`, which are not negative; one for each number of digits."""
+    bodies = []
+    for digits in range(len(str(low)), len(str(high)) + 1):
+        first = max(low, 10 ** (digits - 1) if digits > 1 else 0)
+        bodies.append(_between(str(first), str(min(high, 10**digits - 1))))
+    return bodies
+
+
+def _between(low: str, high: str) -> str:
+    """A rule body for the numbers from `low` to `high`, which have the same number of digits."""
+    if low == high:
+        return f'"{low}"'
+    first, last, more = int(low[0]), int(high[0]), len(low) - 1
+    if not more:
+        return _digit(first, last)
+    if first == last:
+        return f'"{first}" ({_between(low[1:], high[1:])})'
+    zeros, nines = "0" * more, "9" * more
+    ways = []
+    if low[1:] != zeros:
+        ways.append(f'"{first}" ({_between(low[1:], nines)})')
+        first += 1
+    rest = None
+    if high[1:] != nines:
+        rest = f'"{last}" ({_between(zeros, high[1:])})'
+        last -= 1
+    if first <= last:
+        ways.append(f"{_digit(first, last)} [0-9]{{{more}}}")
+    return " | ".join([*ways, *([rest] if rest else [])])
+
+
+def _digit(first: int, last: int) -> str:
+    return f'"{first}"' if first == last else f"[{first}-{last}]"

@@ -1,4 +1,4 @@
-"""Where libllama is looked for, and how it is loaded: once, when something first needs it."""
+"""Finds libllama, and loads it once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from . import _abi, _functions, _log
 
 LIBRARY_NAME = {"darwin": "libllama.dylib", "win32": "llama.dll"}.get(sys.platform, "libllama.so")
 PACKAGE = Path(__file__).resolve().parent
-# The Makefile's default build folder, seen from the checkout that an editable install points into.
+# The Makefile's default build folder, if this is an editable install of a checkout.
 CHECKOUT_BIN = PACKAGE.parents[1] / "build" / "cpu" / "bin"
 
 
 class Place(NamedTuple):
-    """A place where the library may lie: `path` is a folder or the file itself, `origin` says who named it."""
+    """Where the library may be: `path` is a folder or the library itself, `origin` says where the path comes from."""
 
     origin: str
     path: Path
 
     def library(self) -> Path:
-        """The file to load from this place."""
+        """The file to load."""
         return self.path / LIBRARY_NAME if self.path.is_dir() else self.path
 
 
 class LibraryNotFoundError(OSError):
-    """No usable libllama: the message lists every place that was tried, why it was no good, and what to do."""
+    """There is no libllama. The message lists every place that was tried, what was wrong there, and what to do."""
 
     def __init__(self, tried: list[tuple[Place, str]]) -> None:
         lines = [f"  {place.path} ({place.origin}): {why}" for place, why in tried]
@@ -38,7 +38,7 @@ class LibraryNotFoundError(OSError):
 
 
 def places() -> list[Place]:
-    """The places to try, in order. A place named by the environment is the only one: it is never fallen through."""
+    """The places to try, in order; if the environment names one, only that."""
     for variable in ("ERNIE_LLAMA_LIB_PATH", "LLAMA_CPP_LIB_PATH"):
         if value := os.environ.get(variable):
             return [Place(f"environment variable {variable}", Path(value).expanduser().absolute())]
@@ -46,10 +46,10 @@ def places() -> list[Place]:
 
 
 def find() -> tuple[Place, Path]:
-    """The first place that holds a library, and the library file.
+    """The first place with a library, and the library file.
 
     Raises:
-        LibraryNotFoundError: none does.
+        LibraryNotFoundError: no place has one.
     """
     tried = []
     for place in places():
@@ -62,13 +62,22 @@ def find() -> tuple[Place, Path]:
     raise LibraryNotFoundError(tried)
 
 
+def library_path() -> Path:
+    """Path of the libllama that `Llama` loads; llama.cpp's programs are in the same folder.
+
+    Raises:
+        LibraryNotFoundError: there is no library; the message lists the places that were tried.
+    """
+    return find()[1]
+
+
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
-    """The loaded library with every function of `_functions.FUNCTIONS` declared; its siblings come by its rpath.
+    """Load the library and declare every function of `_functions.FUNCTIONS`; its rpath finds the other libraries.
 
     Raises:
         LibraryNotFoundError: there is no library.
-        OSError: the file is not a library for this machine, lacks functions that these bindings call, or has other
+        OSError: the file is not a library for this machine, lacks functions that the bindings call, or uses other
             structs than they pass.
     """
     _, path = find()
@@ -79,8 +88,8 @@ def load() -> ctypes.CDLL:
     missing = _functions.declare(library)
     if wrong := f"it lacks {', '.join(missing)}" if missing else _abi.difference(library):
         raise OSError(
-            f"{path} is another version of llama.cpp than these bindings are for: {wrong}; "
-            "build the pinned one with `make build`"
+            f"{path} is not the version of llama.cpp that these bindings need: {wrong}; "
+            "build that version with `make build`"
         )
     _log.install(library)
     library.llama_backend_init()

@@ -1,4 +1,4 @@
-"""llama.cpp's log: silent unless asked for, but its last warnings and errors are kept to say why a call failed."""
+"""llama.cpp's log: silent by default; the last warnings and errors are kept to explain why a call failed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ._structs import GGML_LOG_LEVEL_CONT, GGML_LOG_LEVEL_WARN, ggml_log_callbac
 
 
 class _Log:
-    """The one log of the process: llama.cpp's logger is global, and so is this."""
+    """The log of the process: llama.cpp has one logger for all models."""
 
     def __init__(self) -> None:
         self.verbose = False
         self._level = 0
         self._problems: collections.deque[str] = collections.deque(maxlen=16)
-        # libllama keeps the pointer for good, so this object must live as long.
+        # libllama never forgets the pointer, so this object must live as long as the process.
         self.callback = ggml_log_callback(self._write)
 
     def _write(self, level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
@@ -29,11 +29,11 @@ class _Log:
             self._problems.append(decoded.strip())
 
     def forget(self) -> None:
-        """Drop the problems so far: call it before the call whose failure `problems` shall explain."""
+        """Drop the problems so far, before a call whose failure `problems` is to explain."""
         self._problems.clear()
 
     def problems(self) -> str:
-        """The warnings and errors since `forget`, joined to one line; "no message" if llama.cpp said nothing."""
+        """The warnings and errors since `forget`, on one line."""
         return "; ".join(self._problems) or "llama.cpp gave no message"
 
 
@@ -41,5 +41,5 @@ LOG = _Log()
 
 
 def install(library: ctypes.CDLL) -> None:
-    """Send the library's log to `LOG`."""
+    """Send the log of `library` to `LOG`."""
     library.llama_log_set(LOG.callback, None)

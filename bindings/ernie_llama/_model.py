@@ -20,16 +20,15 @@ GGUF_MAGIC = b"GGUF"
 class Model(Handle):
     """Owns a `llama_model`.
 
-    Tokens and text need no turn, so threads may ask for them while another one closes the model: a lock keeps it alive
-    for as long as a call takes.
+    Converting tokens needs no lease of the context, so another thread may close the model meanwhile: a lock keeps it
+    alive until the call returns.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: str, fields: Mapping[str, Any], *keep: object) -> None:
-        """Load `path`; `fields` are those of `llama_model_params` that differ from llama.cpp's defaults, and
-        `keep` is what they point to.
+    def __init__(self, library: ctypes.CDLL, path: str, fields: Mapping[str, Any]) -> None:
+        """Load `path`; `fields` replace llama.cpp's defaults in `llama_model_params`.
 
         Raises:
-            ValueError: there is no such file, it is not GGUF, or llama.cpp refuses it, with llama.cpp's reason.
+            ValueError: the file is missing, is not GGUF, or is refused by llama.cpp, with llama.cpp's reason.
         """
         check_gguf(path)
         stop = threading.Event()
@@ -43,24 +42,24 @@ class Model(Handle):
         pointer = load.run(lambda: library.llama_model_load_from_file(os.fsencode(path), params))
         if not pointer:
             raise ValueError(f"{path} cannot be loaded: {LOG.problems()}")
-        super().__init__("model", pointer, library.llama_model_free, *keep)
+        super().__init__("model", pointer, library.llama_model_free, fields)
         self._library = library
         self._vocab = library.llama_model_get_vocab(pointer)
         self._in_use = threading.Lock()
 
     def close(self) -> None:
-        """Free the model, when no thread is inside it; a second call does nothing."""
+        """Free the model, once no thread is inside it; a second call does nothing."""
         with self._in_use:
             super().close()
 
     @property
     def vocab(self) -> ctypes.c_void_p:
-        """The `llama_vocab`, which lives as long as the model."""
+        """The `llama_vocab`, which belongs to the model."""
         _ = self.pointer  # raises once the model is closed
         return self._vocab  # type: ignore[no-any-return]  # a ctypes result
 
     def n_vocab(self) -> int:
-        """Tokens in the vocabulary."""
+        """Number of tokens in the vocabulary."""
         return int(self._library.llama_vocab_n_tokens(self.vocab))
 
     def n_embd(self) -> int:
@@ -68,36 +67,32 @@ class Model(Handle):
         return int(self._library.llama_model_n_embd(self.pointer))
 
     def token_bos(self) -> int:
-        """Id of the beginning-of-sequence token, -1 if there is none."""
+        """Id of the beginning-of-sequence token, or -1."""
         return int(self._library.llama_vocab_bos(self.vocab))
 
     def token_eos(self) -> int:
-        """Id of the end-of-sequence token, -1 if there is none."""
+        """Id of the end-of-sequence token, or -1."""
         return int(self._library.llama_vocab_eos(self.vocab))
 
     def token_nl(self) -> int:
-        """Id of the line feed token, -1 if there is none."""
+        """Id of the line feed token, or -1."""
         return int(self._library.llama_vocab_nl(self.vocab))
 
     def token_text(self, token: int) -> str:
-        """How the vocabulary spells a token; empty for -1."""
+        """The text of a token in the vocabulary; empty for -1."""
         text: bytes = b"" if token < 0 else self._library.llama_vocab_get_text(self.vocab, token)
         return text.decode("utf-8", errors="replace")
 
     def chat_template(self) -> str | None:
-        """The Jinja template of the file, None if it carries none."""
+        """The Jinja template of the file, or None."""
         template: bytes | None = self._library.llama_model_chat_template(self.pointer, None)
         return None if template is None else template.decode()
 
-    def n_layer(self) -> int:
-        """How many layers there are."""
-        return int(self._library.llama_model_n_layer(self.pointer))
-
     def load_lora(self, path: str) -> _structs.llama_adapter_lora_p:
-        """The adapter in the GGUF file `path`; it is freed with the model.
+        """Load the LoRA adapter in the GGUF file `path`, which is freed with the model.
 
         Raises:
-            ValueError: it is missing, not GGUF, or not for this model.
+            ValueError: the file is missing, is not GGUF, or is not an adapter for this model.
         """
         check_gguf(path)
         LOG.forget()
@@ -107,13 +102,13 @@ class Model(Handle):
         return adapter
 
     def is_eog(self, token: int) -> bool:
-        """Whether `token` ends generation (end of text, end of turn, ...)."""
+        """Whether `token` ends generation: end of text, end of turn, and the like."""
         with self._in_use:
             return bool(self._library.llama_vocab_is_eog(self.vocab, token))
 
     def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of UTF-8 `text`, as `llama_tokenize`: BOS and EOS are added only if the model asks for them."""
-        size = len(text) + 2  # at most one token per byte, BOS, EOS
+        """Token ids of UTF-8 `text`. `add_special` adds BOS and EOS, but only if the model asks for them."""
+        size = len(text) + 2  # at most one token per byte, plus BOS and EOS
         tokens = (_structs.llama_token * size)()
         with self._in_use:
             count = self._library.llama_tokenize(self.vocab, text, len(text), tokens, size, add_special, parse_special)
@@ -124,7 +119,7 @@ class Model(Handle):
         return tokens[:count]
 
     def token_to_piece(self, token: int, special: bool) -> bytes:
-        """The bytes of one token; a control token has none unless `special`."""
+        """The bytes of one token; a control token has bytes only if `special`."""
         with self._in_use:
             if not 0 <= token < self.n_vocab():
                 raise ValueError(f"token {token} is not in the vocabulary of {self.n_vocab()} tokens")
@@ -133,7 +128,7 @@ class Model(Handle):
             )
 
     def metadata(self) -> dict[str, str]:
-        """The file's metadata; llama.cpp renders the values, arrays are left out."""
+        """The scalar metadata of the file; llama.cpp renders the values as text."""
         count = self._library.llama_model_meta_count(self.pointer)
         get_key, get_value = (
             self._library.llama_model_meta_key_by_index,
@@ -145,26 +140,35 @@ class Model(Handle):
         return _grown(lambda buffer, size: get(self.pointer, i, buffer, size)).decode("utf-8", errors="replace")
 
     def tokens_to_pieces(self, tokens: Sequence[int], special: bool) -> bytes:
-        """The bytes of `tokens`, one after the other."""
+        """The concatenated bytes of `tokens`."""
         return b"".join(self.token_to_piece(token, special) for token in tokens)
 
 
 def _grown(fill: Callable[[ctypes.Array[ctypes.c_char], int], int], size: int = 256) -> bytes:
-    """What `fill(buffer, size)` writes. It returns the length; if that is negative or does not fit, what it needs."""
+    """The bytes that `fill(buffer, size)` writes.
+
+    `fill` returns their number, or if the buffer is too small the number that is needed, which may be negative.
+    """
     buffer = ctypes.create_string_buffer(size)
     length = fill(buffer, size)
-    needed = -length if length < 0 else length + 1  # metadata strings end in a zero byte, which is not counted
+    needed = -length if length < 0 else length + 1  # one more: metadata strings end in a zero byte
     if needed > size:
         return _grown(fill, needed)
     return buffer.raw[:length]
 
 
-def check_gguf(path: str) -> None:
-    """ValueError if `path` is not a file that starts as GGUF does: llama.cpp's own words for it are many and vague."""
+def check_gguf(path: str | os.PathLike[str]) -> None:
+    """Check that `path` is a file that starts like a GGUF file.
+
+    Raises:
+        ValueError: it is not, with the reason.
+    """
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist")
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file; expected a GGUF file (convert a checkpoint with `ernie-gguf convert`)")
+        raise ValueError(
+            f"{path} is not a file; expected a GGUF file (make one from a checkpoint with `ernie-gguf convert`)"
+        )
     try:
         with Path(path).open("rb") as file:
             magic = file.read(len(GGUF_MAGIC))

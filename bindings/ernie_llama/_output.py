@@ -1,11 +1,11 @@
-"""ERNIE's answers taken apart: reasoning, content and tool calls.
+"""Splits ERNIE's answers into reasoning, content and tool calls.
 
-What the models write (`-Thinking` ones all of it, others only content):
+What the models write (`-Thinking` models all of it, others only content):
 
     <think>\nreasoning\n</think>\n\n<response>\ncontent\n</response>\n
     <think>\nreasoning\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n
 
-The `<think>` is often the end of the prompt, and `<response>` may be missing. Blanks next to a marker belong to it.
+The prompt often ends with `<think>`, and `<response>` may be missing. White space next to a marker belongs to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ._text import beginning_of
+from ._text import partial_suffix
 
 THINK, END_THINK = "<think>", "</think>"
 RESPONSE, END_RESPONSE = "<response>", "</response>"
@@ -24,7 +24,7 @@ MARKERS = (THINK, END_THINK, RESPONSE, END_RESPONSE, TOOL_CALL, END_TOOL_CALL)
 
 @dataclass(frozen=True)
 class Reasoning:
-    """Text that the model thinks by."""
+    """Text of the model's reasoning."""
 
     text: str
 
@@ -44,46 +44,46 @@ class ToolCall:
     arguments: str
 
 
-Part = Reasoning | Content | ToolCall
+OutputPart = Reasoning | Content | ToolCall
 
 
 class OutputParser:
-    """Takes text as it is generated, and gives each part as soon as it is certain; a tool call when it is whole."""
+    """Splits text while it is generated: yields text as soon as it is final, a tool call when it is complete."""
 
     def __init__(self, thinking: bool = False) -> None:
-        """`thinking`: the prompt ends with `<think>`."""
+        """`thinking` says that the prompt ends with `<think>`."""
         self._section = THINK if thinking else ""
         self._held = ""
-        self._begun = False  # something of this section has been given
-        self._answering = not thinking  # nothing but blanks so far, or the end of the thinking: <response> may come
-        self._marked = thinking
+        self._begun = False  # whether this section has yielded text
+        self._answering = not thinking  # whether the answer may start here, and with it <response>
+        self._marked = thinking  # whether any marker has been seen
 
-    def feed(self, text: str) -> Iterator[Part]:
-        """Add text; yields the parts that are now certain."""
+    def feed(self, text: str) -> Iterator[OutputPart]:
+        """Add text; yields the parts that are now final."""
         self._held += text
         while found := self._next_marker():
             at, marker = found
             before, self._held = self._held[:at].rstrip(), self._held[at + len(marker) :]
-            yield from self._give(before, marker)
+            yield from self._emit(before, marker)
             self._enter(marker)
         if self._section == TOOL_CALL:
             return
-        certain = len(self._held) - beginning_of(self._known(), self._held)
-        certain = len(self._held[:certain].rstrip())  # blanks may turn out to be next to a marker
-        if certain:
-            text, self._held = self._held[:certain], self._held[certain:]
-            yield from self._give(text, None)
+        n_final = len(self._held) - partial_suffix(self._known(), self._held)
+        n_final = len(self._held[:n_final].rstrip())  # a marker may follow the white space
+        if n_final:
+            text, self._held = self._held[:n_final], self._held[n_final:]
+            yield from self._emit(text, None)
 
-    def flush(self) -> Iterator[Part]:
-        """The rest, when the text has ended. A call that is not whole is content: nothing is lost."""
+    def flush(self) -> Iterator[OutputPart]:
+        """The rest, once the text has ended. An incomplete call becomes content, so that nothing is lost."""
         rest, self._held = self._held, ""
         if self._section == TOOL_CALL:
             yield Content(TOOL_CALL + rest)
         elif text := rest.rstrip() if self._marked else rest:
-            yield from self._give(text, None)
+            yield from self._emit(text, None)
 
     def _known(self) -> tuple[str, ...]:
-        """The markers that mean something now; elsewhere they are plain text."""
+        """The markers that this section may contain; others are plain text."""
         if self._section == THINK:
             return (END_THINK,)
         if self._section == TOOL_CALL:
@@ -107,7 +107,7 @@ class OutputParser:
         self._begun = False
         self._marked = True
 
-    def _give(self, text: str, marker: str | None) -> Iterator[Part]:
+    def _emit(self, text: str, marker: str | None) -> Iterator[OutputPart]:
         if marker == END_TOOL_CALL:
             yield _tool_call(text)
             return
@@ -119,8 +119,8 @@ class OutputParser:
         yield Reasoning(text) if self._section == THINK else Content(text)
 
 
-def _tool_call(text: str) -> Part:
-    """The call that the JSON between the markers asks for, or all of it as content if it is not one."""
+def _tool_call(text: str) -> OutputPart:
+    """The call that the JSON between the markers describes; if it does not describe one, the text as content."""
     try:
         call = json.loads(text)
     except json.JSONDecodeError:

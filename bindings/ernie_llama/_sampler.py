@@ -1,4 +1,4 @@
-"""Sampler chains."""
+"""Chooses tokens: llama.cpp's sampler chains, grammars, and logits processors in Python."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The options that `Llama`'s methods share; `Sampling` has the defaults.
+    """The sampling options that `Llama`'s methods share; `Sampling` has the defaults.
 
     Attributes:
-        top_k: draw from the k likeliest tokens only; 0 for all.
-        top_p: draw from the likeliest tokens that make up this probability.
-        min_p: draw from the tokens that have at least this share of the likeliest one's probability.
-        typical_p: draw from the tokens about as surprising as expected that make up this probability; 1 is off.
-        repeat_penalty: divides the logits of the last tokens, those of the prompt included; 1 is none.
-        frequency_penalty: is taken from a token's logit for each time that it is among the last tokens.
-        presence_penalty: is taken once.
-        mirostat_mode: 1 or 2 for Mirostat instead of the options above; 0 is off.
-        mirostat_tau: its target surprise.
-        mirostat_eta: its learning rate.
-        logit_bias: what is added to the logits of these tokens.
-        grammar: what the text must follow.
-        logits_processor: functions of the evaluated tokens and the logits that return other logits, in this order.
+        top_k: top-k sampling; 0 disables it.
+        top_p: top-p (nucleus) sampling; 1 disables it.
+        min_p: min-p sampling: the least probability, relative to that of the likeliest token; 0 disables it.
+        typical_p: locally typical sampling; 1 disables it.
+        repeat_penalty: penalty for tokens that occurred recently, in the prompt too; 1 disables it.
+        frequency_penalty: subtracted from a token's logit for each recent occurrence; 0 disables it.
+        presence_penalty: subtracted once from the logit of every recent token; 0 disables it.
+        mirostat_mode: use Mirostat (1) or Mirostat 2.0 (2), which ignores top-k, top-p, min-p and typical_p; 0
+            disables it.
+        mirostat_tau: Mirostat's target entropy.
+        mirostat_eta: Mirostat's learning rate.
+        logit_bias: values to add to the logits of tokens, by token id.
+        grammar: the grammar that the text must follow.
+        logits_processor: functions called in order with the evaluated tokens and the logits; each returns new logits.
     """
 
     top_k: int
@@ -59,7 +60,7 @@ MIROSTAT_M = 100  # as in llama.cpp's own tools
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; names and defaults are llama-cpp-python's. `temp <= 0` is greedy."""
+    """How to choose the next token. Names and defaults are llama-cpp-python's; `temp <= 0` is greedy."""
 
     top_k: int = 40
     top_p: float = 0.95
@@ -78,8 +79,8 @@ class Sampling:
     logits_processor: Sequence[LogitsProcessor] = ()
 
     @classmethod
-    def of(cls, options: SamplingOptions, *, temp: float, penalty_last_n: int) -> Sampling:
-        """From the options of a call: None is the default, and token ids may be text as in JSON."""
+    def from_options(cls, options: SamplingOptions, *, temp: float, penalty_last_n: int) -> Sampling:
+        """The options of a call: None stands for the default, and token ids may be text, as in JSON."""
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
@@ -90,22 +91,22 @@ class Sampling:
             if not math.isfinite(value := getattr(self, name)):
                 raise ValueError(f"{name} is {value}, expected a finite number")
         if self.repeat_penalty <= 0:
-            raise ValueError(f"repeat_penalty is {self.repeat_penalty}, expected more than 0; 1 is none")
+            raise ValueError(f"repeat_penalty is {self.repeat_penalty}, expected more than 0; 1 disables it")
         if self.mirostat_mode not in {0, 1, 2}:
             raise ValueError(f"mirostat_mode is {self.mirostat_mode}, expected 0 (off), 1 or 2")
 
     @property
     def penalizes(self) -> bool:
-        """Whether earlier tokens matter."""
+        """Whether any penalty is enabled."""
         neutral = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
         return not neutral and self.penalty_last_n != 0
 
 
 class Sampler(Handle):
-    """A `llama_sampler_chain` in the order of llama.cpp's own tools, ending in greedy or a seeded draw.
+    """A `llama_sampler_chain` in the order of llama.cpp's own tools, ending in a greedy choice or a seeded draw.
 
-    A grammar is no part of the chain: it is asked about the chosen token only, and the choice is made again among the
-    tokens that it allows if it refuses. That is many times faster than asking it about the whole vocabulary.
+    The grammar is not in the chain. It checks the chosen token only; if it refuses, the choice is repeated among the
+    tokens that it allows. That is many times faster than checking the whole vocabulary for every token.
     """
 
     def __init__(self, library: ctypes.CDLL, model: Model, sampling: Sampling, seed: int) -> None:
@@ -127,24 +128,24 @@ class Sampler(Handle):
             self._grammar.close()
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
-        """Let the penalties see the prompt, as in llama.cpp's own tools; the grammar begins after it."""
+        """Show the prompt to the penalties, as llama.cpp's own tools do; the grammar starts after it."""
         if self._penalizes:
             for token in tokens:
                 self._library.llama_sampler_accept(self.pointer, token)
 
     @property
     def needs_logits(self) -> bool:
-        """Whether `choose` must be used."""
+        """Whether to call `choose` instead of `sample`."""
         return self._grammar is not None or bool(self._processors)
 
     def sample(self, context: ctypes.c_void_p) -> int:
-        """Choose, accept and return a token from the last logits of `context`."""
+        """Choose and accept a token, from the last logits of `context`."""
         return int(self._library.llama_sampler_sample(self.pointer, context, -1))
 
     def choose(self, logits: npt.NDArray[np.float32], evaluated: Sequence[int]) -> int:
-        """Choose, accept and return a token from `logits`, [n_vocab]; `evaluated` is for the logits processors."""
+        """Choose and accept a token, from `logits`, [n_vocab]; the logits processors see the `evaluated` tokens."""
         if self._processors:
-            import numpy as np  # noqa: PLC0415 - see Context.logits
+            import numpy as np  # see Context.logits
 
             before = np.array(evaluated, np.intc)
             for process in self._processors:
@@ -171,10 +172,10 @@ class Sampler(Handle):
 
 
 class _Candidates:
-    """Every token with its logit, in the struct that samplers work on."""
+    """All tokens with their logits, in the struct that samplers work on."""
 
     def __init__(self, logits: npt.NDArray[np.float32]) -> None:
-        import numpy as np  # noqa: PLC0415 - see Context.logits
+        import numpy as np  # see Context.logits
 
         self._data = np.zeros(len(logits), np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
         self._data["id"] = np.arange(len(logits))
@@ -183,7 +184,7 @@ class _Candidates:
         self.array = _structs.llama_token_data_array(pointer, len(logits), -1, False)
 
     def selected(self) -> int:
-        """The token that a chain has chosen."""
+        """The token that the chain has chosen."""
         if not 0 <= self.array.selected < self.array.size:
             raise RuntimeError("the samplers left no token to choose")
         return int(self.array.data[self.array.selected].id)

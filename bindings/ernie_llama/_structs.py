@@ -1,9 +1,9 @@
 """The structs, pointers, callbacks and constants of llama.h and ggml.h that the bindings use.
 
-Field names and order are the headers'; `tests/bindings/test_layout.py` compiles a probe against the headers and
-compares the size and offset of every field, the number of fields, every constant and every function signature.
+Field names and order are those of the headers. `tests/bindings/test_layout.py` compiles a probe against the headers
+and compares the size and offset of every field, the number of fields, every constant and every function signature.
 """
-# ruff: noqa: N801 - the names are llama.h's, so that grep crosses languages
+# ruff: noqa: N801 - llama.h's names, so that one search finds both languages
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class llama_adapter_lora_p(c_void_p):
 
 
 class ggml_backend_buffer_type_t(c_void_p):
-    """Where a buffer of tensors is allocated."""
+    """A kind of memory that tensors are allocated in."""
 
 
 class ggml_backend_dev_t(c_void_p):
@@ -59,7 +59,7 @@ ggml_log_callback = ctypes.CFUNCTYPE(None, enum, ctypes.c_char_p, c_void_p)
 
 
 class llama_batch(ctypes.Structure):
-    """Input of `llama_decode`; a NULL `n_seq_id`/`seq_id` puts every token in sequence 0."""
+    """Input of `llama_decode`; NULL `n_seq_id` and `seq_id` put every token in sequence 0."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -141,7 +141,7 @@ class llama_context_params(ctypes.Structure):
 
 
 class llama_token_data(ctypes.Structure):
-    """One candidate of a sampler."""
+    """A candidate of a sampler."""
 
     _fields_ = [("id", llama_token), ("logit", c_float), ("p", c_float)]
 
@@ -164,13 +164,13 @@ class llama_sampler_chain_params(ctypes.Structure):
 
 
 class llama_logit_bias(ctypes.Structure):
-    """What is added to one token's logit."""
+    """A value to add to the logit of a token."""
 
     _fields_ = [("token", llama_token), ("bias", c_float)]
 
 
 class llama_model_tensor_buft_override(ctypes.Structure):
-    """Tensors whose name matches `pattern` go into a buffer of this type; a NULL pattern ends the list."""
+    """The buffer type of tensors whose name matches `pattern`; a NULL pattern ends a list of overrides."""
 
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", ggml_backend_buffer_type_t)]
 
@@ -186,7 +186,7 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (
     llama_model_tensor_buft_override,
 )
 
-# The version of llama.cpp whose headers these are, without its suffix.
+# The version of llama.cpp that these declarations are for, without its suffix.
 VERSION = "0.5.0"
 
 LLAMA_DEFAULT_SEED = 0xFFFFFFFF
@@ -202,14 +202,9 @@ LLAMA_SPLIT_MODE_ROW = 2
 LLAMA_SPLIT_MODE_TENSOR = 3
 
 LLAMA_FLASH_ATTN_TYPE_AUTO = -1
-LLAMA_FLASH_ATTN_TYPE_DISABLED = 0
-LLAMA_FLASH_ATTN_TYPE_ENABLED = 1
 
 LLAMA_POOLING_TYPE_UNSPECIFIED = -1
 LLAMA_POOLING_TYPE_NONE = 0
-LLAMA_POOLING_TYPE_MEAN = 1
-LLAMA_POOLING_TYPE_CLS = 2
-LLAMA_POOLING_TYPE_LAST = 3
 
 GGML_TYPE_F32 = 0
 GGML_TYPE_F16 = 1
@@ -222,7 +217,6 @@ GGML_TYPE_IQ4_NL = 20
 GGML_TYPE_BF16 = 30
 
 GGML_LOG_LEVEL_WARN = 3
-GGML_LOG_LEVEL_ERROR = 4
 GGML_LOG_LEVEL_CONT = 5
 
 CONSTANTS: dict[str, int] = {name: value for name, value in globals().items() if name.startswith(("LLAMA_", "GGML_"))}

@@ -1,4 +1,4 @@
-"""Chat templates: from messages to a prompt, by the Jinja template that the GGUF file carries."""
+"""Chat templates: render messages to a prompt with the Jinja template of the GGUF file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class ChatTemplate:
-    """A compiled template, rendered as transformers does it: a sandbox, and blocks that leave no blank lines."""
+    """A compiled template, set up as in transformers: sandboxed, and blocks leave no blank lines."""
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
         """Compile `source`.
 
         Raises:
-            ValueError: it is not a Jinja template.
+            ValueError: it is not a valid Jinja template.
         """
-        import jinja2  # noqa: PLC0415 - most of the import time, and only chats need it
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+        import jinja2  # slow to import, and only chats need it
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -35,7 +35,7 @@ class ChatTemplate:
         try:
             self._template: jinja2.Template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not Jinja: {error}") from error
+            raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
     def render(
         self,
@@ -48,15 +48,15 @@ class ChatTemplate:
         """The prompt that asks for an answer to `messages`.
 
         Args:
-            messages: dictionaries with a role and, as text or as a list of text parts, a content.
+            messages: dictionaries with a role and a content, which is text or a list of text parts.
             tools: what the model may call.
-            add_generation_prompt: end with the beginning of an answer.
-            variables: further ones that the template knows, `enable_thinking` say.
+            add_generation_prompt: end with the start of an answer.
+            variables: more variables for the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: the template refuses the messages, or a message has a content that is not text.
+            ValueError: the template refuses the messages, or the content of a message is not text.
         """
-        import jinja2  # noqa: PLC0415
+        import jinja2
 
         if not messages:
             raise ValueError("there are no messages to answer")
@@ -72,7 +72,7 @@ class ChatTemplate:
 
 
 def _plain(message: ChatCompletionRequestMessage) -> dict[str, Any]:
-    """The message with one text as content: templates of text models do not know parts."""
+    """The message with its content as one text: templates of text models know no parts."""
     plain: dict[str, Any] = dict(message)
     if "role" not in plain:
         raise ValueError(f"a message has no role: {plain}")
@@ -94,12 +94,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; Jinja's own filter escapes for HTML."""
+    """Plain JSON: Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
-    import jinja2  # noqa: PLC0415
+    import jinja2
 
     raise jinja2.TemplateError(message)
 

@@ -1,14 +1,22 @@
-"""`Llama`: a model and a context behind the interface of llama-cpp-python's class of that name."""
+"""`Llama`: a model and a context behind the interface of llama-cpp-python's class of the same name."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import random
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from . import _library, _options, _structs
 from ._chat import ChatResults, format_grammar, tool_grammar
 from ._completion import Completion, Results
-from ._evaluator import Evaluator
+from ._context import Context
+from ._engine import Engine, LlamaState
+from ._log import LOG
+from ._model import Model
 from ._output import MARKERS, THINK
 from ._sampler import Sampling, SamplingOptions
 from ._template import ChatTemplate
@@ -21,23 +29,326 @@ from .llama_types import (
     CreateChatCompletionStreamResponse,
     CreateCompletionResponse,
     CreateCompletionStreamResponse,
+    CreateEmbeddingResponse,
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of the standard library from Python 3.11 on
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Self, Unpack  # in the standard library from Python 3.11 on
 
 
-class Llama(Evaluator):
-    """A GGUF model that tokenizes, evaluates, generates and chats; argument and result names are llama-cpp-python's.
+class Llama:
+    """A GGUF model that tokenizes, evaluates, generates and chats. Names are those of llama-cpp-python.
 
-    A Llama does one thing at a time. Threads that share one wait for each other, a stream counting as one thing from
-    its first chunk to its last; a stream that its thread leaves for another call has ended, and says so if it is
-    continued. `docs/python-api.md` has the differences from llama-cpp-python.
+    A Llama does one thing at a time. Threads that share one wait for each other; a stream counts as one thing from
+    its first chunk to its last. If a thread leaves a stream unfinished and makes another call, the stream has ended,
+    and continuing it raises RuntimeError. `docs/python-api.md` lists the differences from llama-cpp-python.
 
     Attributes:
-        model_path: the file.
-        metadata: its scalar metadata as text, by key.
+        model_path: path of the file.
+        metadata: scalar metadata of the file, as text by key.
     """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int = 0,
+        split_mode: int | str = _structs.LLAMA_SPLIT_MODE_LAYER,
+        main_gpu: int = 0,
+        tensor_split: Sequence[float] | None = None,
+        n_cpu_moe: int = 0,
+        tensor_buft_overrides: Mapping[str, str] | str = "",
+        rpc_servers: str | Sequence[str] = "",
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+        seed: int = _structs.LLAMA_DEFAULT_SEED,
+        n_ctx: int = 512,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        type_k: int | str | None = None,
+        type_v: int | str | None = None,
+        flash_attn: bool | None = None,
+        offload_kqv: bool = True,
+        logits_all: bool = False,
+        embedding: bool = False,
+        pooling_type: int = _structs.LLAMA_POOLING_TYPE_UNSPECIFIED,
+        last_n_tokens_size: int = 64,
+        lora_path: str | os.PathLike[str] | None = None,
+        lora_scale: float = 1.0,
+        chat_template: str | None = None,
+        cache_prompt: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        """Load a model and make a context.
+
+        Args:
+            model_path: the GGUF file; for a split model, its first file.
+            n_gpu_layers: number of layers to keep on the GPU; -1 for all.
+            split_mode: how several GPUs share the model: "none", "layer", "row", "tensor", or llama.cpp's number.
+            main_gpu: the GPU to use if `split_mode` is "none".
+            tensor_split: the share of each GPU.
+            n_cpu_moe: keep the experts of the first N layers in CPU memory.
+            tensor_buft_overrides: where tensors go: a dictionary from a regular expression of their names to a buffer
+                type, or the text of llama.cpp's `--override-tensor`: `{"ffn_down_exps": "CPU"}`, "ffn_down_exps=CPU".
+            rpc_servers: HOST:PORT of RPC servers whose devices to use as GPUs, as a list or separated by commas. They
+                stay in use until the process ends.
+            use_mmap: map the file into memory instead of reading it.
+            use_mlock: keep the model from being swapped out.
+            seed: seed of the random draws; -1 or the default for a random one.
+            n_ctx: context size in tokens, prompt and answer together; 0 for the size the model was trained with.
+                llama.cpp rounds up to a multiple of 256; `n_ctx()` returns the result.
+            n_batch: tokens passed to llama.cpp at once; a longer prompt takes several batches.
+            n_ubatch: tokens computed at once.
+            n_threads: threads for generation; default one per physical core.
+            n_threads_batch: threads for prompts; default `n_threads`.
+            type_k: type of the keys in the KV cache, by name ("q8_0") or number; default f16.
+            type_v: type of the values in the KV cache; a quantized one needs flash attention.
+            flash_attn: use flash attention; default where the device supports it.
+            offload_kqv: keep the KV cache on the GPU.
+            logits_all: keep the logits of all tokens in `scores`, not only those of the last one.
+            embedding: enable `embed`.
+            pooling_type: pool the tokens into one embedding per text: 1 mean, 2 first token, 3 last token; 0 for one
+                embedding per token.
+            last_n_tokens_size: number of tokens the penalties look back; 0 disables them.
+            lora_path: a LoRA adapter in a GGUF file.
+            lora_scale: strength of the adapter.
+            chat_template: Jinja text to use instead of the file's template.
+            cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
+                more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
+                from those of a fresh start; False starts every call afresh.
+            verbose: let llama.cpp log to stderr. Its log is global: the newest Llama decides for the process.
+
+        Raises:
+            LibraryNotFoundError: there is no libllama; lists the places that were searched.
+            ValueError: the file is missing, is not GGUF, or is refused by llama.cpp, with the reason; or an option is
+                out of range.
+        """
+        context_fields = _options.context_fields(
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            n_threads_batch=n_threads_batch,
+            type_k=type_k,
+            type_v=type_v,
+            flash_attn=flash_attn,
+            offload_kqv=offload_kqv,
+            embedding=embedding,
+            pooling_type=pooling_type,
+        )
+        self._last_n = _options.at_least("last_n_tokens_size", last_n_tokens_size, 0)
+        self.model_path = os.fspath(model_path)
+        self.verbose = LOG.verbose = verbose
+        self._seed_lock = threading.Lock()
+        self.set_seed(seed)
+        library = _library.load()
+        if rpc_servers:
+            _options.add_rpc_servers(library, rpc_servers)
+        model_fields = _options.model_fields(
+            library,
+            n_gpu_layers=n_gpu_layers,
+            split_mode=split_mode,
+            main_gpu=main_gpu,
+            tensor_split=tensor_split,
+            n_cpu_moe=n_cpu_moe,
+            tensor_buft_overrides=tensor_buft_overrides,
+            use_mmap=use_mmap,
+            use_mlock=use_mlock,
+        )
+        self._model = Model(library, self.model_path, model_fields)
+        self._ctx = Context(library, self._model, context_fields)
+        if lora_path is not None:
+            self._ctx.set_lora(self._model.load_lora(os.fspath(lora_path)), lora_scale)
+        self._engine = Engine(
+            library, self._model, self._ctx, logits_all=logits_all, cache_prompt=cache_prompt and not embedding
+        )
+        self.metadata = self._model.metadata()
+        self._n_vocab = self._model.n_vocab()
+        self._embedding = embedding
+        self._chat_template = chat_template
+
+    def close(self) -> None:
+        """Free the model and the context. A second call does nothing; any other later use raises RuntimeError.
+
+        Waits for a thread that computes; an open stream ends.
+        """
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the model
+
+    def n_ctx(self) -> int:
+        """Context size in tokens."""
+        return self._ctx.n_ctx
+
+    def n_vocab(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self._model.n_vocab()
+
+    def n_embd(self) -> int:
+        """Width of the hidden state."""
+        return self._model.n_embd()
+
+    def token_bos(self) -> int:
+        """Id of the beginning-of-sequence token, or -1."""
+        return self._model.token_bos()
+
+    def token_eos(self) -> int:
+        """Id of the end-of-sequence token, or -1. Other tokens may end generation too."""
+        return self._model.token_eos()
+
+    def token_nl(self) -> int:
+        """Id of the line feed token, or -1."""
+        return self._model.token_nl()
+
+    def pooling_type(self) -> int:
+        """How embeddings are pooled; 0 for not at all."""
+        return self._ctx.pooling_type
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: the text in UTF-8.
+            add_bos: add BOS and EOS if the model's metadata asks for them; False adds none.
+            special: read special tokens that are spelled out in the text; otherwise they are plain text.
+        """
+        return self._model.tokenize(text, add_bos, special)
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+        """The text of `tokens` in UTF-8; control tokens have text only if `special`.
+
+        The text may begin or end inside a character. It begins with a space if the tokenizer puts one before texts.
+        """
+        return self._model.tokens_to_pieces(tokens, special)
+
+    # --- evaluation
+
+    def set_seed(self, seed: int) -> None:
+        """Set the seed of the next draw, from which the seeds of later draws derive; -1 for a random one."""
+        seed &= 0xFFFFFFFF
+        self._seed = random.getrandbits(32) if seed == _structs.LLAMA_DEFAULT_SEED else seed
+
+    def _next_seed(self, seed: int | None = None) -> int:
+        with self._seed_lock:
+            if seed is not None:
+                self.set_seed(seed)
+            seed = self._seed
+            self._seed = random.Random(seed).getrandbits(32)
+            return seed
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of evaluated tokens, which are in the KV cache."""
+        return len(self._engine.tokens)
+
+    @property
+    def eval_tokens(self) -> list[int]:
+        """The evaluated tokens."""
+        return list(self._engine.tokens)
+
+    def reset(self) -> None:
+        """Forget all evaluated tokens."""
+        with self._engine.lock.one_step():
+            self._engine.keep(0)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate `tokens`, which follow those evaluated before.
+
+        Raises:
+            ValueError: they do not fit into the context.
+            RuntimeError: llama.cpp fails, or this Llama is closed.
+        """
+        with self._engine.lock.one_step():
+            self._engine.eval(tokens)
+
+    @property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """A view of the logits after each evaluated token, [n_tokens, n_vocab]; the next `eval` may overwrite it.
+
+        Raises:
+            ValueError: the Llama was made without `logits_all=True`.
+        """
+        import numpy as np  # see Context.logits
+
+        if not self._engine.logits_all:
+            raise ValueError("scores are kept only by Llama(..., logits_all=True); `logits` holds the last token's")
+        scores = self._engine.scores()
+        return np.empty((0, self._n_vocab), np.float32) if scores is None else scores
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """A copy of the logits after the last evaluated token, [n_vocab].
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        with self._engine.lock.between_steps():
+            if not self._engine.has_logits():
+                raise RuntimeError("there are no logits before eval()")
+            return self._engine.last_logits()
+
+    def save_state(self) -> LlamaState:
+        """The state to return to with `load_state`; about as large as the used part of the KV cache."""
+        with self._engine.lock.between_steps():
+            return LlamaState(tuple(self._engine.tokens), self._ctx.state(), self._seed)
+
+    def load_state(self, state: LlamaState) -> None:
+        """Return to a state of this Llama, or of another one with the same file and options.
+
+        Raises:
+            ValueError: the state belongs to another model or to other options.
+        """
+        with self._engine.lock.one_step():
+            self._engine.set_state(state.input_ids, state.llama_state)
+            self._seed = state.seed
+
+    def sample(self, *, temp: float = 0.8, **options: Unpack[SamplingOptions]) -> int:
+        """Choose the token that follows the last evaluated one, without evaluating it; greedy if `temp <= 0`.
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        with self._engine.lock.one_step():
+            sampler = self._engine.sampler(self._sampling(options, temp), self._next_seed())
+            try:
+                return self._engine.sample(sampler)
+            finally:
+                sampler.close()
+
+    def _sampling(self, options: SamplingOptions, temp: float) -> Sampling:
+        return Sampling.from_options(options, temp=temp, penalty_last_n=self._last_n)
+
+    def generate(
+        self, tokens: Sequence[int], *, temp: float = 0.8, reset: bool = True, **options: Unpack[SamplingOptions]
+    ) -> Generator[int, None, None]:
+        """Evaluate `tokens`, then choose and evaluate one token after the other; greedy if `temp <= 0`.
+
+        Yields end-of-generation tokens like any others: the caller decides when to stop.
+
+        Args:
+            tokens: the prompt.
+            temp: temperature.
+            reset: start with the prompt; False continues after the tokens evaluated before.
+            options: see `SamplingOptions`.
+
+        Raises:
+            ValueError: there is nothing to continue from, or the context is full.
+        """
+        return self._engine.generate(tokens, self._sampling(options, temp), self._next_seed(), reset)
+
+    # --- completions
 
     @overload
     def create_completion(
@@ -89,39 +400,41 @@ class Llama(Evaluator):
 
         Args:
             prompt: text, in which special tokens are recognised, or token ids.
-            max_tokens: tokens to generate at most; None or <= 0 for as many as the context has room for.
+            max_tokens: maximum number of tokens to generate; None or <= 0 for as many as fit into the context.
             temperature: 0 or less is greedy.
-            logprobs: report the log probabilities of the tokens and of so many likeliest ones at their places.
-            echo: put the prompt before the text; with `logprobs`, this needs `logits_all=True`.
-            stop: strings that end the text and are not part of it; the earliest in the text wins.
-            stream: return an iterator of chunks instead of the whole.
-            seed: of the draws; without it they follow the seed of the Llama.
+            logprobs: report the log probabilities of the tokens, and of the N likeliest tokens at each position.
+            echo: put the prompt before the text; together with `logprobs` this needs `logits_all=True`.
+            stop: strings that end the text and are not part of it; the first to occur wins.
+            stream: return an iterator of chunks instead of one result.
+            seed: seed of the draws; default the next seed of this Llama.
             model: name of the model in the result; default its path.
             options: see `SamplingOptions`.
 
         Raises:
-            ValueError: the prompt is empty or does not leave room for a token in the context, or an option is wrong.
+            ValueError: the prompt is empty or leaves no room for a token in the context, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
             TypeError: the prompt is bytes, or an option is unknown.
         """
         if isinstance(prompt, bytes):  # a sequence of integers too, but never of token ids
             raise TypeError("the prompt is bytes, expected str or token ids")
         tokens = self.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else list(prompt)
-        text = prompt if isinstance(prompt, str) else self._shown(tokens)
+        text = prompt if isinstance(prompt, str) else self._prompt_text(tokens)
         if echo and logprobs is not None and not self._engine.logits_all:
             raise ValueError("echo with logprobs needs the logits of the prompt: Llama(..., logits_all=True)")
         sampling = self._sampling(options, temperature)
         completion = self._completion(tokens, sampling, max_tokens, stop, seed, logprobs)
         completion.echo = echo
         results = Results(completion, model if model is not None else self.model_path, text)
-        return results.chunks() if stream else results.whole()
+        return results.chunks() if stream else results.response()
 
-    def _shown(self, prompt: list[int]) -> str:
+    __call__ = create_completion
+
+    def _prompt_text(self, tokens: list[int]) -> str:
         """The text of prompt tokens, without the BOS token that `tokenize` puts before texts."""
-        begin = 1 if prompt[:1] == [self.token_bos()] else 0
-        return self.detokenize(prompt[begin:], special=True).decode(errors="replace")
+        begin = 1 if tokens[:1] == [self.token_bos()] else 0
+        return self.detokenize(tokens[begin:], special=True).decode(errors="replace")
 
-    def _completion(  # noqa: PLR0917 - two callers, each by position
+    def _completion(  # noqa: PLR0917 - two callers, both by position
         self,
         tokens: list[int],
         sampling: Sampling,
@@ -133,8 +446,8 @@ class Llama(Evaluator):
         room = self.n_ctx() - len(tokens)
         if room <= 0:
             raise ValueError(f"Requested tokens ({len(tokens)}) exceed context window of {self.n_ctx()}")
-        if logprobs is not None and logprobs < 0:
-            raise ValueError(f"logprobs is {logprobs}, expected at least 0")
+        if logprobs is not None:
+            _options.at_least("logprobs", logprobs, 0)
         return Completion(
             engine=self._engine,
             prompt=tokens,
@@ -145,14 +458,14 @@ class Llama(Evaluator):
             logprobs=logprobs,
         )
 
-    __call__ = create_completion
+    # --- chats
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
         source = self._chat_template or self._model.chat_template()
         if not source:
             raise ValueError(
-                f"{self.model_path} carries no chat template: pass Llama(..., chat_template=...), or convert the "
+                f"{self.model_path} has no chat template: pass Llama(..., chat_template=...), or convert the "
                 "checkpoint again with its tokenizer_config.json or chat_template.jinja"
             )
         bos, eos = self.token_bos(), self.token_eos()
@@ -165,7 +478,7 @@ class Llama(Evaluator):
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt that `create_chat_completion` makes of `messages`.
+        """The prompt that `create_chat_completion` makes from `messages`.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
@@ -232,42 +545,42 @@ class Llama(Evaluator):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]:
-        """Answer `messages`, which the file's chat template makes a prompt of.
+        """Answer `messages`, rendered with the file's chat template.
 
-        ERNIE's `<think>`, `<response>` and `<tool_call>` are taken out of the text and make `reasoning_content`,
-        `content` and `tool_calls` of the message.
+        ERNIE's `<think>`, `<response>` and `<tool_call>` are removed from the text; what they enclose becomes
+        `reasoning_content`, `content` and `tool_calls` of the message.
 
         Args:
-            messages: the conversation, with or without a system message first.
-            tools: what the model may call; given to the template.
-            tool_choice: "none" hides the tools; "required" or the name of a function makes the answer a call.
+            messages: the conversation, with or without a leading system message.
+            tools: what the model may call; passed to the template.
+            tool_choice: "none" hides the tools; "required" or the name of a function forces a call.
             temperature: 0 or less is greedy.
-            stream: return an iterator of chunks instead of the whole.
+            stream: return an iterator of chunks instead of one result.
             stop: strings that end the text and are not part of it.
-            seed: of the draws.
-            response_format: makes the content JSON, of a schema if there is one.
-            max_tokens: tokens to generate at most; None or <= 0 for as many as the context has room for.
+            seed: seed of the draws; default the next seed of this Llama.
+            response_format: force JSON content, which follows the schema if there is one.
+            max_tokens: maximum number of tokens to generate; None or <= 0 for as many as fit into the context.
             model: name of the model in the result; default its path.
             logprobs: report the log probabilities of the tokens.
-            top_logprobs: and of so many likeliest ones at their places.
-            chat_template_kwargs: further variables for the template, `enable_thinking` say.
+            top_logprobs: with `logprobs`, also those of the N likeliest tokens at each position.
+            chat_template_kwargs: more variables for the template, such as `enable_thinking`.
             options: see `SamplingOptions`.
 
         Raises:
-            ValueError: the template, the schema or the context refuses the request, or an option is wrong.
+            ValueError: the template, the schema or the context refuses the request, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
-        shown = None if tool_choice == "none" else tools
-        prompt = self.apply_chat_template(messages, shown, chat_template_kwargs=chat_template_kwargs)
+        visible_tools = None if tool_choice == "none" else tools
+        prompt = self.apply_chat_template(messages, visible_tools, chat_template_kwargs=chat_template_kwargs)
         grammars = [
             tool_grammar(tools, tool_choice),
             format_grammar(response_format) if response_format is not None else None,
             options.get("grammar"),
         ]
-        asked = [grammar for grammar in grammars if grammar is not None]
-        if len(asked) > 1:
-            raise ValueError("only one of grammar, response_format and a tool_choice that asks for a call can be kept")
-        options["grammar"] = asked[0] if asked else None
+        given = [grammar for grammar in grammars if grammar is not None]
+        if len(given) > 1:
+            raise ValueError("grammar, response_format and a tool_choice that forces a call exclude each other")
+        options["grammar"] = given[0] if given else None
         completion = self._completion(
             self._chat_tokens(prompt),
             self._sampling(options, temperature),
@@ -276,18 +589,73 @@ class Llama(Evaluator):
             seed,
             (top_logprobs or 0) if logprobs else None,
         )
-        completion.shown = self._markers
+        completion.visible = self._markers
         thinking = prompt.rstrip().endswith(THINK)
         results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinking)
-        return results.chunks() if stream else results.whole()
+        return results.chunks() if stream else results.response()
 
     def _chat_tokens(self, prompt: str) -> list[int]:
-        """As llama-server has it: with the BOS that the metadata asks for, unless the template writes it."""
+        """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
         bos = self._model.token_text(self.token_bos())
         return self.tokenize(prompt.encode(), add_bos=not (bos and prompt.startswith(bos)), special=True)
 
     @functools.cached_property
     def _markers(self) -> frozenset[int]:
-        """ERNIE's markers that are tokens of their own: as control tokens they would have no text."""
+        """The tokens of ERNIE's markers: they may be control tokens, which have no text unless asked for."""
         spelled = [self.tokenize(marker.encode(), add_bos=False, special=True) for marker in MARKERS]
         return frozenset(tokens[0] for tokens in spelled if len(tokens) == 1)
+
+    # --- embeddings
+
+    # A list of Any because llama-cpp-python's shapes depend on the input and on the pooling.
+    def embed(
+        self,
+        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        normalize: bool = False,
+        truncate: bool = True,
+    ) -> list[Any]:
+        """The embedding of a text, or a list of the embeddings of several texts.
+
+        With pooling an embedding is a list of numbers, [n_embd]; without, there is one per token: [n_tokens][n_embd].
+
+        Args:
+            input: a text or several.
+            normalize: scale each embedding to length 1.
+            truncate: drop what exceeds `n_batch` tokens.
+
+        Raises:
+            RuntimeError: the Llama was made without `embedding=True`.
+            ValueError: a text is empty or too long.
+        """
+        texts = [input] if isinstance(input, str) else list(input)
+        embeddings = [self._engine.embed(self._embedding_tokens(text, truncate), normalize) for text in texts]
+        return embeddings[0] if isinstance(input, str) else embeddings
+
+    def create_embedding(
+        self,
+        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        model: str | None = None,
+    ) -> CreateEmbeddingResponse:
+        """As `embed`, as a dictionary of the OpenAI API."""
+        texts = [input] if isinstance(input, str) else list(input)
+        tokens = [self._embedding_tokens(text, truncate=True) for text in texts]
+        n = sum(map(len, tokens))
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "embedding": self._engine.embed(each, normalize=False), "index": i}
+                for i, each in enumerate(tokens)
+            ],
+            "model": model if model is not None else self.model_path,
+            "usage": {"prompt_tokens": n, "total_tokens": n},
+        }
+
+    def _embedding_tokens(self, text: str, truncate: bool) -> list[int]:
+        if not self._embedding:
+            raise RuntimeError("embeddings need Llama(..., embedding=True)")
+        tokens = self.tokenize(text.encode())
+        if truncate:
+            tokens = tokens[: self._ctx.n_batch]
+        if not 0 < len(tokens) <= self._ctx.n_batch:
+            raise ValueError(f"a text has {len(tokens)} tokens, expected 1 to {self._ctx.n_batch} (n_batch)")
+        return tokens

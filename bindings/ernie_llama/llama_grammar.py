@@ -17,9 +17,9 @@ JSON_GBNF = _json_schema.grammar(True)
 
 
 class LlamaGrammar:
-    """A grammar in llama.cpp's GBNF (its folder grammars/ describes it), with a rule `root`.
+    """A grammar in GBNF, with a rule `root`; llama.cpp's `grammars/README.md` describes the format.
 
-    `verbose` is there for llama-cpp-python's sake and means nothing: this says nothing anyway.
+    `verbose` exists for compatibility with llama-cpp-python and has no effect.
     """
 
     def __init__(self, grammar: str) -> None:
@@ -27,23 +27,24 @@ class LlamaGrammar:
 
     @classmethod
     def from_string(cls, grammar: str, verbose: bool = False) -> LlamaGrammar:
-        """The grammar of GBNF text; whether llama.cpp can read it shows when it is used."""
+        """A grammar from GBNF text. llama.cpp checks it when it is first used."""
         return cls(grammar)
 
     @classmethod
     def from_file(cls, file: str | os.PathLike[str], verbose: bool = False) -> LlamaGrammar:
-        """The grammar of a file of GBNF text."""
+        """A grammar from a GBNF file."""
         return cls(Path(file).read_text(encoding="utf-8"))
 
     @classmethod
     def from_json_schema(cls, json_schema: str | Mapping[str, Any] | bool, verbose: bool = False) -> LlamaGrammar:
-        """The grammar of the JSON texts that a schema allows; `_json_schema` says which schemas.
+        """A grammar for the JSON texts that a schema allows; `docs/python-api.md` lists what schemas may contain.
 
         Args:
-            json_schema: as text, as llama-cpp-python has it, or as a dictionary.
+            json_schema: the schema, as JSON text or as a dictionary.
 
         Raises:
-            ValueError: it is not JSON, or holds something that the grammar could not keep; names the place.
+            ValueError: the text is not JSON, or the schema contains something that a grammar cannot express; names
+                the place.
         """
         if isinstance(json_schema, str):
             try:
@@ -53,7 +54,7 @@ class LlamaGrammar:
         return cls(_json_schema.grammar(json_schema))
 
     def sampler(self, library: ctypes.CDLL, model: Model) -> Handle:
-        """A sampler that forbids what does not follow the grammar.
+        """A sampler that removes the tokens that would break the grammar.
 
         Raises:
             ValueError: llama.cpp cannot read the grammar.

@@ -1,10 +1,10 @@
-"""Shapes of requests and results, as in llama-cpp-python and the OpenAI API."""
+"""Types of requests and results, as in llama-cpp-python and the OpenAI API."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-if TYPE_CHECKING:  # of the standard library from Python 3.11 on
+if TYPE_CHECKING:  # in the standard library from Python 3.11 on
     from typing_extensions import NotRequired
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
@@ -18,7 +18,7 @@ class EmbeddingUsage(TypedDict):
 
 
 class Embedding(TypedDict):
-    """One text's embedding, or one for each of its tokens."""
+    """The embedding of a text, or one for each of its tokens."""
 
     index: int
     object: Literal["embedding"]
@@ -26,7 +26,7 @@ class Embedding(TypedDict):
 
 
 class CreateEmbeddingResponse(TypedDict):
-    """What `Llama.create_embedding` returns."""
+    """The result of `Llama.create_embedding`."""
 
     object: Literal["list"]
     model: str
@@ -35,7 +35,7 @@ class CreateEmbeddingResponse(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """One entry of each list for each token; `text_offset` counts characters from the beginning of the prompt."""
+    """Lists with one entry per token; `text_offset` counts characters from the start of the prompt."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -53,7 +53,7 @@ class CompletionChoice(TypedDict):
 
 
 class CompletionUsage(TypedDict):
-    """Token counts; the token that ended generation is not counted."""
+    """Token counts, without the token that ended generation."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -61,7 +61,7 @@ class CompletionUsage(TypedDict):
 
 
 class CreateCompletionResponse(TypedDict):
-    """What `Llama.create_completion` returns; streamed chunks have no usage."""
+    """The result of `Llama.create_completion`; streamed chunks have no usage."""
 
     id: str
     object: Literal["text_completion"]
@@ -75,7 +75,7 @@ CreateCompletionStreamResponse = CreateCompletionResponse
 
 
 class ChatCompletionTopLogprobToken(TypedDict):
-    """A token that could have come."""
+    """A likely token."""
 
     token: str
     logprob: float
@@ -83,20 +83,20 @@ class ChatCompletionTopLogprobToken(TypedDict):
 
 
 class ChatCompletionLogprobToken(ChatCompletionTopLogprobToken):
-    """A token that came."""
+    """A generated token, with the likeliest tokens at its position."""
 
     top_logprobs: list[ChatCompletionTopLogprobToken]
 
 
 class ChatCompletionLogprobs(TypedDict):
-    """The generated tokens, those of reasoning and markers included."""
+    """The generated tokens, including those of reasoning and markers."""
 
     content: list[ChatCompletionLogprobToken] | None
     refusal: None
 
 
 class ChatCompletionMessageToolCallFunction(TypedDict):
-    """What to call; `arguments` is JSON text."""
+    """The function to call; `arguments` is JSON text."""
 
     name: str
     arguments: str
@@ -111,7 +111,7 @@ class ChatCompletionMessageToolCall(TypedDict):
 
 
 class ChatCompletionResponseMessage(TypedDict):
-    """The answer; `content` is None if there are only tool calls."""
+    """The answer; `content` is None if it contains only tool calls."""
 
     role: Literal["assistant"]
     content: str | None
@@ -129,7 +129,7 @@ class ChatCompletionResponseChoice(TypedDict):
 
 
 class CreateChatCompletionResponse(TypedDict):
-    """What `Llama.create_chat_completion` returns."""
+    """The result of `Llama.create_chat_completion`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -140,7 +140,7 @@ class CreateChatCompletionResponse(TypedDict):
 
 
 class ChatCompletionMessageToolCallChunk(ChatCompletionMessageToolCall):
-    """A call in a stream, always whole."""
+    """A call in a stream, always complete."""
 
     index: int
 
@@ -155,7 +155,7 @@ class ChatCompletionStreamResponseDelta(TypedDict):
 
 
 class ChatCompletionStreamResponseChoice(TypedDict):
-    """One answer's chunk."""
+    """The part of an answer in one chunk."""
 
     index: int
     delta: ChatCompletionStreamResponseDelta
@@ -174,7 +174,7 @@ class CreateChatCompletionStreamResponse(TypedDict):
 
 
 class ChatCompletionRequestMessage(TypedDict):
-    """A message; `content` is text or a list of parts `{"type": "text", "text": ...}`."""
+    """A message; `content` is text, or a list of parts `{"type": "text", "text": ...}`."""
 
     role: str
     content: NotRequired[str | list[dict[str, Any]] | None]
@@ -193,14 +193,14 @@ class ChatCompletionToolFunction(TypedDict):
 
 
 class ChatCompletionTool(TypedDict):
-    """Something that the model may call."""
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: ChatCompletionToolFunction
 
 
 class ChatCompletionNamedToolChoiceFunction(TypedDict):
-    """Which function."""
+    """The name of a function."""
 
     name: str
 
@@ -216,7 +216,7 @@ ChatCompletionToolChoiceOption: TypeAlias = Literal["none", "auto", "required"] 
 
 
 class ChatCompletionRequestResponseFormat(TypedDict):
-    """What the answer must be; the schema as llama-cpp-python (`schema`) or as OpenAI (`json_schema`) has it."""
+    """The format of the answer; `schema` is llama-cpp-python's key for a schema, `json_schema` is OpenAI's."""
 
     type: Literal["text", "json_object", "json_schema"]
     schema: NotRequired[dict[str, Any]]

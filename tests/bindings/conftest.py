@@ -1,6 +1,6 @@
-"""Models loaded once for the tests that need the built library.
+"""Models that are loaded once for all tests that need the built library.
 
-One thread: llama.cpp's threads wait for each other by spinning, which is slow on a machine that does other things too.
+They use one thread: llama.cpp's threads spin while they wait, which is slow on a busy machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ernie_llama import Llama
 
 @pytest.fixture(scope="session")
 def _library(llama_bin: Path) -> Iterator[None]:
-    """The bindings load the library of the build under test."""
+    """Make the bindings load the library of the build under test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
         yield
@@ -34,6 +34,6 @@ def shared_llm(bf16: str) -> Iterator[Llama]:
 
 @pytest.fixture
 def llm(shared_llm: Llama) -> Llama:
-    """A model with nothing evaluated."""
+    """The shared model, with no evaluated tokens."""
     shared_llm.reset()
     return shared_llm

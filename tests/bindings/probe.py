@@ -1,9 +1,9 @@
-"""The layout that the C headers give to what `ernie_llama` declares, measured by a compiled program.
+"""Measures, with a compiled program, the layout that the C headers give to the declarations of `ernie_llama`.
 
-Both sides are flattened to a dictionary of short strings, so that a difference names the field:
+Both layouts are dictionaries of short strings, so that a difference names the field:
 `{"sizeof llama_batch": "56", "llama_batch.token": "at 8 p", "llama_n_ctx": "u4(llama_context_p)", ...}`.
-A kind is `i`/`u`/`f`/`b`/`s` (integer, unsigned, float, bool, struct) with its size, `p` for a pointer, or the name of
-a handle class for a pointer that the bindings keep apart.
+A type code is `i`/`u`/`f`/`b`/`s` (integer, unsigned, float, bool, struct) with its size, `p` for a pointer, or the
+name of a handle class.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ POINTER_CODES = {"P", "z"}  # c_void_p, c_char_p
 Functions = Mapping[str, tuple[Any, Sequence[Any]]]
 
 
-def kind(declared: type[Any] | None) -> str:
-    """The kind of a ctypes type."""
+def type_code(declared: type[Any] | None) -> str:
+    """The code of a ctypes type."""
     if declared is None:
         return "void"
     if declared in HANDLES:
@@ -50,21 +50,21 @@ def kind(declared: type[Any] | None) -> str:
 def declared_layout(
     structs: Sequence[type[ctypes.Structure]], constants: Mapping[str, int], functions: Functions
 ) -> dict[str, str]:
-    """What the ctypes declarations say."""
+    """The layout of the ctypes declarations."""
     layout = {name: str(value) for name, value in constants.items()}
     for struct in structs:
         name = struct.__name__
         layout[f"sizeof {name}"] = str(ctypes.sizeof(struct))
         layout[f"fields {name}"] = str(len(struct._fields_))
         for field, declared, *_ in struct._fields_:
-            layout[f"{name}.{field}"] = f"at {getattr(struct, field).offset} {kind(declared)}"
+            layout[f"{name}.{field}"] = f"at {getattr(struct, field).offset} {type_code(declared)}"
     for name, (result, arguments) in functions.items():
-        layout[name] = f"{kind(result)}({','.join(map(kind, arguments))})"
+        layout[name] = f"{type_code(result)}({','.join(map(type_code, arguments))})"
     return layout
 
 
 def source(structs: Sequence[type[ctypes.Structure]], constants: Mapping[str, int], functions: Functions) -> str:
-    """A C++ program that prints what the headers say, one `key=value` a line."""
+    """A C++ program that prints the layout of the headers, one `key=value` per line."""
     lines = [f'emit("{name}", std::to_string((long long) {name}));' for name in constants]
     for struct in structs:
         name = struct.__name__
@@ -72,7 +72,7 @@ def source(structs: Sequence[type[ctypes.Structure]], constants: Mapping[str, in
         lines.append(f'emit("fields {name}", std::to_string(count_fields<{name}>()));')
         lines += [
             f'emit("{name}.{field}", "at " + std::to_string(offsetof({name}, {field})) + " "'
-            f" + kind<decltype({name}::{field})>());"
+            f" + type_code<decltype({name}::{field})>());"
             for field, *_ in struct._fields_
         ]
     lines += [f'emit("{name}", signature<decltype({name})>::text());' for name in functions]
@@ -92,7 +92,7 @@ TEMPLATE = r"""
 
 template <class T> using bare = std::remove_cv_t<std::remove_pointer_t<T>>;
 
-template <class T> std::string kind() {
+template <class T> std::string type_code() {
     if constexpr (std::is_void_v<T>) return "void";
     else if constexpr (std::is_pointer_v<T>) {
 HANDLES
@@ -111,8 +111,8 @@ template <class F> struct signature; // of a type, so that the program needs no 
 template <class R, class... A> struct signature<R(A...)> {
     static std::string text() {
         std::string arguments;
-        ((arguments += (arguments.empty() ? "" : ",") + kind<A>()), ...);
-        return kind<R>() + "(" + arguments + ")";
+        ((arguments += (arguments.empty() ? "" : ",") + type_code<A>()), ...);
+        return type_code<R>() + "(" + arguments + ")";
     }
 };
 
@@ -132,7 +132,7 @@ LINES
 
 
 def measured_layout(tree: Path, folder: Path, text: str) -> dict[str, str]:
-    """What the headers of the llama.cpp `tree` say: the output of the program `text`, which is compiled in `folder`."""
+    """The layout of the headers in the llama.cpp `tree`: the output of the program `text`, compiled in `folder`."""
     program = folder / "probe"
     (folder / "probe.cpp").write_text(text)
     includes = [f"-I{tree / 'include'}", f"-I{tree / 'ggml' / 'include'}"]

@@ -1,4 +1,4 @@
-"""A library with other structs is refused with a sentence, before anything is passed to it."""
+"""A library with other structs is refused, with the reason, before anything is passed to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except (OSError, ValueError) as error:
 
 
 def build(tree: Path, folder: Path, *, version: str = "0.5.0-dev", before: str = "", after: str = "") -> Path:
-    """A library with every function, whose structs have fields more than llama.h's, and whose calls do nothing."""
+    """A library with every function, extra fields in its structs, and calls that do nothing."""
     plain = [
         name
         for name in _functions.FUNCTIONS
@@ -102,26 +102,26 @@ def load(library: Path) -> str:
     return done.stdout.strip()
 
 
-def test_the_right_structs_are_taken(tree: Path, tmp_path: Path) -> None:
-    """The fake is good enough that only what the other tests change can be the reason of a refusal."""
+def test_matching_structs_are_accepted(tree: Path, tmp_path: Path) -> None:
+    """Unchanged, the fake library is accepted, so a refusal is due to what a test changes."""
     assert load(build(tree, tmp_path)) == "ValueError model.gguf does not exist"
 
 
 def test_another_version_is_refused(tree: Path, tmp_path: Path) -> None:
     assert load(build(tree, tmp_path, version="0.6.1")) == (
-        f"OSError {tmp_path}/libllama.so is another version of llama.cpp than these bindings are for: "
-        f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; build the pinned one with `make build`"
+        f"OSError {tmp_path}/libllama.so is not the version of llama.cpp that these bindings need: "
+        f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; build that version with `make build`"
     )
 
 
-def test_a_field_more_at_the_beginning_is_seen_by_the_defaults(tree: Path, tmp_path: Path) -> None:
+def test_an_extra_field_at_the_start_is_found_by_the_defaults(tree: Path, tmp_path: Path) -> None:
     said = load(build(tree, tmp_path, before="int64_t added;"))
     assert "its llama_model_default_params gives n_gpu_layers = " in said
-    assert "expected -1: llama_model_params has another layout; build the pinned one" in said
+    assert "expected -1: llama_model_params has another layout; build that version" in said
 
 
 @pytest.mark.skipif(
     platform.machine() not in {"x86_64", "AMD64"}, reason="elsewhere the size of a returned struct cannot be seen"
 )
-def test_a_field_more_at_the_end_is_seen_by_the_size(tree: Path, tmp_path: Path) -> None:
+def test_an_extra_field_at_the_end_is_found_by_the_size(tree: Path, tmp_path: Path) -> None:
     assert "its llama_model_params has 88 bytes, expected 80" in load(build(tree, tmp_path, after="int64_t added;"))

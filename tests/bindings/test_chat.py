@@ -1,4 +1,4 @@
-"""Chats: the template of the file, ERNIE's markers, tools and formats, whole and streamed."""
+"""Chats: the file's template, ERNIE's markers, tools and formats, with and without streaming."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOOLS: list[ChatCompletionTool] = [
 
 
 def writes(llm: Llama, text: str) -> Callable[[Any, Any], Any]:
-    """A logits processor that makes the model write `text` and end."""
+    """A logits processor that makes the model write `text` and stop."""
     tokens = [*llm.tokenize(text.encode(), add_bos=False, special=True), llm.token_eos()]
     begin: list[int] = []
 
@@ -54,7 +54,7 @@ def writes(llm: Llama, text: str) -> Callable[[Any, Any], Any]:
     return process
 
 
-def test_the_prompt_is_the_template_s(llm: Llama) -> None:
+def test_the_prompt_is_rendered_with_the_template(llm: Llama) -> None:
     assert llm.apply_chat_template(MESSAGES) == PROMPT
     chat = llm.create_chat_completion(MESSAGES, max_tokens=8, temperature=0)
     tokens = llm.tokenize(PROMPT.encode(), special=True)
@@ -87,7 +87,7 @@ def test_reasoning_content_and_tool_calls_are_split(llm: Llama) -> None:
     }
 
 
-def test_a_stream_says_the_same(llm: Llama) -> None:
+def test_a_stream_gives_the_same_message(llm: Llama) -> None:
     chunks = list(
         llm.create_chat_completion(
             MESSAGES, tools=TOOLS, logits_processor=[writes(llm, ANSWER)], max_tokens=200, stream=True
@@ -107,7 +107,7 @@ def test_a_stream_says_the_same(llm: Llama) -> None:
     ]
 
 
-def test_a_prompt_that_ends_with_think_begins_with_reasoning(bf16: str) -> None:
+def test_after_a_prompt_that_ends_with_think_the_answer_starts_with_reasoning(bf16: str) -> None:
     template = "{{ messages[-1].content }}\n<think>\n"
     with Llama(bf16, n_threads=1, chat_template=template) as llm:
         chat = llm.create_chat_completion(
@@ -117,7 +117,7 @@ def test_a_prompt_that_ends_with_think_begins_with_reasoning(bf16: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
-def test_a_call_can_be_asked_for(llm: Llama, choice: ChatCompletionToolChoiceOption) -> None:
+def test_a_call_can_be_forced(llm: Llama, choice: ChatCompletionToolChoiceOption) -> None:
     for seed in range(2):
         chat = llm.create_chat_completion(
             MESSAGES, tools=TOOLS, tool_choice=choice, seed=seed, temperature=1.0, max_tokens=200
@@ -129,14 +129,14 @@ def test_a_call_can_be_asked_for(llm: Llama, choice: ChatCompletionToolChoiceOpt
         assert chat["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_tools_reach_the_template_unless_there_is_to_be_no_call(bf16: str) -> None:
+def test_tools_reach_the_template_unless_tool_choice_is_none(bf16: str) -> None:
     with Llama(bf16, n_threads=1, chat_template="{{ tools | map(attribute='function.name') | join }}.") as llm:
         assert llm.apply_chat_template(MESSAGES, TOOLS) == "get_weatherget_time."
         usage = llm.create_chat_completion(MESSAGES, tools=TOOLS, tool_choice="none", max_tokens=1)["usage"]
         assert usage["prompt_tokens"] == len(llm.tokenize(b"."))
 
 
-def test_a_template_that_writes_bos_gets_one_only(bf16: str) -> None:
+def test_a_template_that_writes_bos_gets_only_one(bf16: str) -> None:
     with Llama(bf16, n_threads=1, chat_template="{{ bos_token }}x") as llm:
         assert llm.apply_chat_template(MESSAGES) == "<s>x"
         assert llm.create_chat_completion(MESSAGES, max_tokens=1)["usage"]["prompt_tokens"] == 2
@@ -180,7 +180,7 @@ def test_logprobs_of_a_chat(llm: Llama) -> None:
     ]
 
 
-def test_what_cannot_be_kept_is_refused(llm: Llama) -> None:
+def test_requests_without_a_grammar_are_refused(llm: Llama) -> None:
     with pytest.raises(ValueError, match="tool_choice is 'required', and the tools are: none"):
         llm.create_chat_completion(MESSAGES, tool_choice="required")
     with pytest.raises(ValueError, match="and the tools are: get_weather, get_time"):
@@ -189,7 +189,7 @@ def test_what_cannot_be_kept_is_refused(llm: Llama) -> None:
         llm.create_chat_completion(MESSAGES, tools=TOOLS, tool_choice="always")  # type: ignore[call-overload]  # the mistake
     with pytest.raises(ValueError, match=r"response_format is .*, expected the type text, json_object"):
         llm.create_chat_completion(MESSAGES, response_format={"type": "json_schema"})
-    with pytest.raises(ValueError, match="only one of grammar, response_format and a tool_choice"):
+    with pytest.raises(ValueError, match=r"grammar, response_format and a tool_choice .* exclude each other"):
         llm.create_chat_completion(
             MESSAGES, tools=TOOLS, tool_choice="required", response_format={"type": "json_object"}
         )
@@ -197,7 +197,7 @@ def test_what_cannot_be_kept_is_refused(llm: Llama) -> None:
         llm.create_chat_completion([{"role": "user", "content": 1}])  # type: ignore[typeddict-item]  # the mistake
 
 
-def test_two_tools_that_define_one_name_differently_are_refused(llm: Llama) -> None:
+def test_tools_with_conflicting_definitions_are_refused(llm: Llama) -> None:
     other = json.loads(json.dumps(TOOLS[0]))
     other["function"]["parameters"]["$defs"]["city"] = {"type": "integer"}
     with pytest.raises(ValueError, match=r"two tools define \$defs/city differently: rename one of them"):

@@ -30,7 +30,7 @@ def test_freed_when_collected() -> None:
     assert len(freed) == 1
 
 
-def test_what_is_kept_outlives_the_handle_even_in_a_cycle() -> None:
+def test_kept_objects_outlive_the_c_object_even_in_a_cycle() -> None:
     freed: list[str] = []
 
     def open_both() -> None:

@@ -1,4 +1,4 @@
-"""`ernie_llama.info()` says which library is loaded and what it can do."""
+"""`ernie_llama.info()` says which library is loaded and what it supports."""
 
 from __future__ import annotations
 

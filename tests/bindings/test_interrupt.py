@@ -16,11 +16,11 @@ def interrupt_main_thread() -> None:
     signal.pthread_kill(main, signal.SIGINT)
 
 
-def test_the_result_comes_back() -> None:
+def test_the_result_is_returned() -> None:
     assert Interruptible[int](threading.Event()).run(lambda: 42) == 42
 
 
-def test_an_exception_comes_back() -> None:
+def test_an_exception_is_raised() -> None:
     def fail() -> int:
         raise ValueError("from the call")
 
@@ -46,7 +46,7 @@ def test_ctrl_c_stops_the_call_and_waits_for_its_end() -> None:
     assert ended.is_set()
 
 
-def test_without_threads_it_fails_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_thread_can_start_it_fails_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -55,7 +55,7 @@ def test_without_threads_it_fails_instead_of_waiting(monkeypatch: pytest.MonkeyP
         Interruptible[int](threading.Event()).run(lambda: 1)
 
 
-def test_an_old_stop_is_forgotten() -> None:
+def test_an_earlier_stop_is_forgotten() -> None:
     stop = threading.Event()
     stop.set()
     assert Interruptible[bool](stop).run(stop.is_set) is False

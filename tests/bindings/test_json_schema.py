@@ -1,4 +1,4 @@
-"""JSON schemas as grammars: llama.cpp itself says which texts they allow."""
+"""JSON schemas as grammars: llama.cpp itself decides which texts they allow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from ernie_llama import Llama
-from ernie_llama._integer_range import integer_range
-from ernie_llama._json_schema import grammar
+from ernie_llama._json_schema import grammar, integer_range
 from ernie_llama._sampler import Sampler, Sampling
 from ernie_llama.llama_grammar import JSON_GBNF, LlamaGrammar
 from hypothesis import given
@@ -53,7 +52,7 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
 
 
 def allows(llm: Llama, grammar: LlamaGrammar, text: str) -> bool:
-    """Whether llama.cpp's grammar sampler lets the tokens of `text` pass, and an end after them."""
+    """Whether llama.cpp's grammar sampler accepts the tokens of `text` and an end after them."""
     sampler = Sampler(llm._engine._library, llm._model, Sampling(grammar=grammar), seed=1)
     rules = sampler._grammar
     assert rules is not None
@@ -91,26 +90,26 @@ def test_the_grammar_of_any_json(llm: Llama) -> None:
     [
         (False, "JSON schema, #: found false, expected an object or true"),
         ({"type": "float"}, '#/type: found "float", expected one of object, array, string, number, integer'),
-        ({"type": "number", "minimum": 3}, "#: minimum cannot be kept by a grammar here; leave it out and check"),
+        ({"type": "number", "minimum": 3}, "#: minimum cannot be expressed by the grammar; leave it out and check"),
         ({"type": "integer", "minimum": 3.5}, "#/minimum: found 3.5, expected an integer"),
         ({"type": "integer", "minimum": 3, "exclusiveMaximum": 3}, "#: there is no integer from 3 to 2"),
-        ({"type": "string", "pattern": "^a$"}, "#: pattern cannot be kept"),
-        ({"properties": {"a": {"multipleOf": 2}}}, "#/properties/a: multipleOf cannot be kept"),
-        ({"type": ["integer", "string"], "minLength": 2, "minItems": 1}, "#: minItems cannot be kept"),
+        ({"type": "string", "pattern": "^a$"}, "#: pattern cannot be expressed"),
+        ({"properties": {"a": {"multipleOf": 2}}}, "#/properties/a: multipleOf cannot be expressed"),
+        ({"type": ["integer", "string"], "minLength": 2, "minItems": 1}, "#: minItems cannot be expressed"),
         ({"properties": {"a": True}, "required": ["b"]}, r"#/required: \['b'\] are not among the properties"),
         ({"properties": {"a": True}, "additionalProperties": {"type": "null"}}, "additionalProperties with a schema"),
         ({"minItems": 3, "maxItems": 2}, "#: maxItems is 2, less than minItems, which is 3"),
         ({"minLength": -1}, "#/minLength: found -1, expected a number from 0 on"),
-        ({"prefixItems": [True], "minItems": 2}, "prefixItems are understood only as all items"),
+        ({"prefixItems": [True], "minItems": 2}, "prefixItems are supported only as all items"),
         ({"enum": []}, r"#/enum: found \[\], expected a list of values"),
         ({"anyOf": []}, "#/anyOf: expected a list of schemas"),
-        ({"format": "email"}, '#/format: found "email", understood are date, time, date-time, uuid'),
+        ({"format": "email"}, '#/format: found "email", supported are date, time, date-time, uuid'),
         ({"$ref": "other.json"}, r'#/\$ref: found "other.json", expected a place in this document'),
         ({"items": {"$ref": "#/$defs/x"}}, r"#/items/\$ref: there is no #/\$defs/x"),
-        ({"anyOf": [True], "minLength": 1}, "#: minLength cannot be kept"),
+        ({"anyOf": [True], "minLength": 1}, "#: minLength cannot be expressed"),
     ],
 )
-def test_what_a_grammar_could_not_keep_is_refused_by_name(schema: dict[str, Any], message: str) -> None:
+def test_what_a_grammar_cannot_express_is_refused_by_name(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grammar(schema)
 

@@ -1,4 +1,4 @@
-"""Where the library is looked for, and what is said when it is not there. No library is needed."""
+"""Where the library is searched, and the errors if it is not found. These tests need no library."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_not_found_lists_every_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_a_variable_without_a_library_is_an_error_not_a_fall_through(
+def test_a_variable_that_names_no_library_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
 ) -> None:
     library_in(tmp_path / "package" / "lib")
@@ -75,7 +75,7 @@ def test_a_variable_without_a_library_is_an_error_not_a_fall_through(
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, because a process keeps the library that it loaded first."""
+    """Run in a new interpreter: a process keeps the first library that it loads."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
@@ -97,12 +97,12 @@ def test_import_needs_neither_library_nor_numpy(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
-def test_the_first_llama_looks_the_library_up(tmp_path: Path) -> None:
+def test_the_first_llama_searches_the_library(tmp_path: Path) -> None:
     done = python(LOAD.format(path="model.gguf"), ERNIE_LLAMA_LIB_PATH=str(tmp_path / "nowhere"))
     assert done.stdout.startswith(f"LibraryNotFoundError {_library.LIBRARY_NAME} was not found; tried:\n  {tmp_path}")
 
 
-def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library_is_named(tmp_path: Path) -> None:
     library = library_in(tmp_path / "broken")
     done = python(LOAD.format(path="model.gguf"), ERNIE_LLAMA_LIB_PATH=str(library))
     assert done.stdout.startswith(f"OSError {library} cannot be loaded: ")
@@ -113,7 +113,7 @@ def test_a_library_of_another_version_is_refused_with_the_missing_names() -> Non
 
     done = python(LOAD.format(path="model.gguf"), ERNIE_LLAMA_LIB_PATH=_ctypes.__file__)
     assert done.stdout.startswith(
-        f"OSError {_ctypes.__file__} is another version of llama.cpp than these bindings are for: "
+        f"OSError {_ctypes.__file__} is not the version of llama.cpp that these bindings need: "
         "it lacks llama_backend_init, llama_log_set, "
     )
-    assert "build the pinned one with `make build`" in done.stdout
+    assert "build that version with `make build`" in done.stdout

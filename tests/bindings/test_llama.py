@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_llama import Llama
-from ernie_llama._context import physical_cores
+from ernie_llama._options import physical_cores
 
 pytestmark = pytest.mark.build
 
@@ -59,7 +59,7 @@ def test_sizes_and_metadata(llm: Llama) -> None:
     assert "{% for message in messages %}" in llm.metadata["tokenizer.chat_template"]
 
 
-def test_n_ctx_0_takes_the_length_of_the_model(bf16: str) -> None:
+def test_n_ctx_0_is_the_context_length_of_the_model(bf16: str) -> None:
     with Llama(bf16, n_threads=1, n_ctx=0) as llm:
         assert llm.n_ctx() == int(llm.metadata["ernie4_5-moe.context_length"])
 
@@ -141,7 +141,7 @@ def test_sizes_out_of_range_are_refused(bf16: str, option: str, value: int, leas
         Llama(bf16, **{option: value})  # type: ignore[arg-type]  # one option of several types
 
 
-def test_as_many_threads_as_cores_by_default(bf16: str) -> None:
+def test_the_default_is_one_thread_per_core(bf16: str) -> None:
     with Llama(bf16) as llm:
         llm.eval([5, 6, 7])
         assert np.isfinite(llm.logits).all()
@@ -231,7 +231,7 @@ def test_many_loads_do_not_leak(bf16: str, end: str) -> None:
     assert int(done.stdout) < 200 * 150_000
 
 
-def test_ctrl_c_between_tokens_ends_generation_and_the_model_goes_on(llm: Llama) -> None:
+def test_after_ctrl_c_between_tokens_the_model_still_works(llm: Llama) -> None:
     tokens = llm.tokenize(PROMPT)
     seen = 0
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +243,7 @@ def test_ctrl_c_between_tokens_ends_generation_and_the_model_goes_on(llm: Llama)
     assert llm("def main():", max_tokens=4)["usage"]["completion_tokens"] == 4
 
 
-def test_ctrl_c_during_a_prompt_aborts_it_and_the_model_goes_on(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_ctrl_c_during_a_prompt_the_model_still_works(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = llm.tokenize(PROMPT)
     llm.eval(tokens)
     expected = llm.logits

@@ -1,4 +1,4 @@
-"""Options of loading: where things go, the types of the KV cache, adapters, states, embeddings, the prompt's cache."""
+"""Options of `Llama`: placement, KV cache types, adapters, states, embeddings, the prompt cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from ernie_llama import Llama, _placement
+from ernie_llama import Llama, _options
 from ernie_llama.llama_types import ChatCompletionRequestMessage
 
 from .test_completion import PROMPT, PROMPTS, text
@@ -24,8 +24,8 @@ def greedy(llm: Llama, prompt: str = PROMPT, n: int = 32) -> str:
 
 
 @pytest.mark.parametrize(("kv", "size"), [("f16", 2.0), ("q8_0", 34 / 32), (8, 34 / 32), ("Q4_0", 18 / 32)])
-def test_the_kv_cache_has_the_type_that_is_asked_for(bf16: str, kv: int | str, size: float) -> None:
-    """3 layers of 2 heads of 64, keys and values, for each token."""
+def test_the_kv_cache_has_the_requested_type(bf16: str, kv: int | str, size: float) -> None:
+    """The cache of a token: keys and values of 3 layers with 2 heads of 64."""
     with Llama(bf16, n_threads=1, type_k=kv, type_v=kv) as llm:
         llm.eval([5] * 128)
         cache = 128 * 3 * 2 * 64 * 2 * size
@@ -87,17 +87,17 @@ def test_the_experts_of_the_first_layers_go_to_the_cpu(bf16: str, capfd: pytest.
         ({"lora_path": "nowhere.gguf"}, "nowhere.gguf does not exist"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(bf16: str, options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_refused(bf16: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Llama(bf16, n_threads=1, **options)  # type: ignore[arg-type]  # options of several types
 
 
 def test_a_bad_pattern_is_refused(bf16: str) -> None:
-    with pytest.raises(ValueError, match=r"tensor_buft_overrides: '[(]' is no regular expression"):
+    with pytest.raises(ValueError, match=r"tensor_buft_overrides: '[(]' is not a valid regular expression"):
         Llama(bf16, n_threads=1, tensor_buft_overrides={"(": "CPU"})
 
 
-def test_a_state_brings_back_what_was_evaluated(bf16: str, llm: Llama) -> None:
+def test_a_state_restores_the_evaluated_tokens(bf16: str, llm: Llama) -> None:
     expected = greedy(llm, LONG)
     llm.reset()
     llm.eval(llm.tokenize(LONG.encode(), special=True))
@@ -144,8 +144,8 @@ def test_embeddings_of_tokens_and_of_texts(bf16: str) -> None:
         assert result["usage"] == {"prompt_tokens": len(one) + 2, "total_tokens": len(one) + 2}
 
 
-def test_embeddings_must_be_asked_for(llm: Llama) -> None:
-    with pytest.raises(RuntimeError, match="embeddings are made only by Llama"):
+def test_embeddings_need_the_option(llm: Llama) -> None:
+    with pytest.raises(RuntimeError, match="embeddings need Llama"):
         llm.embed("x")
 
 
@@ -178,13 +178,13 @@ def test_a_lora_adapter_changes_the_logits_by_its_scale(bf16: str, llm: Llama, t
         assert np.abs(on.logits - plain).max() > 0.1
 
 
-def test_an_adapter_that_is_none_is_refused(bf16: str) -> None:
+def test_a_file_that_is_not_an_adapter_is_refused(bf16: str) -> None:
     with pytest.raises(ValueError, match=r"the LoRA adapter .* cannot be loaded: "):
         Llama(bf16, n_threads=1, lora_path=bf16)
 
 
 def n_decoded(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of tokens that are evaluated from now on, call by call."""
+    """A list that collects the number of tokens of every later evaluation."""
     counts: list[int] = []
     decode = llm._ctx.decode
 
@@ -196,7 +196,7 @@ def n_decoded(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_the_beginning_of_a_chat_is_not_evaluated_again(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_of_a_chat_is_not_evaluated_again(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[ChatCompletionRequestMessage] = [{"role": "user", "content": LONG}]
     first = llm.create_chat_completion(messages, max_tokens=4, temperature=0)
     counts = n_decoded(llm, monkeypatch)
@@ -215,7 +215,7 @@ def test_the_same_prompt_again_is_a_fresh_start(llm: Llama, monkeypatch: pytest.
     assert counts[0] == len(llm.tokenize(LONG.encode(), special=True))
 
 
-def test_without_the_cache_every_prompt_is(bf16: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_cache_every_prompt_is_a_fresh_start(bf16: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Llama(bf16, n_threads=1, cache_prompt=False) as llm:
         greedy(llm, LONG, 2)
         counts = n_decoded(llm, monkeypatch)
@@ -223,29 +223,29 @@ def test_without_the_cache_every_prompt_is(bf16: str, monkeypatch: pytest.Monkey
         assert counts[0] == len(llm.tokenize((LONG + "x = 1").encode(), special=True))
 
 
-def test_what_is_kept_gives_the_text_of_a_fresh_start(bf16: str, llm: Llama) -> None:
-    """Up to the last bits of the logits, which do not matter here."""
+def test_a_kept_prefix_gives_the_text_of_a_fresh_start(bf16: str, llm: Llama) -> None:
+    """Except for the last bits of the logits, which do not matter here."""
     prompts = [LONG + prompt for prompt in PROMPTS[:3]]
     kept = [greedy(llm, prompt, 16) for prompt in prompts]
     with Llama(bf16, n_threads=1, cache_prompt=False) as fresh:
         assert [greedy(fresh, prompt, 16) for prompt in prompts] == kept
 
 
-def test_rpc_that_is_not_there_is_refused(bf16: str, llama_bin: Path) -> None:
+def test_an_unreachable_rpc_server_is_refused(bf16: str, llama_bin: Path) -> None:
     if (llama_bin / "libggml-rpc.so").exists():
-        pattern = r"no rpc-server answers at 127.0.0.1:1 .*: start `ggml-rpc-server"
+        pattern = r"no RPC server answers at 127.0.0.1:1 .*: start `ggml-rpc-server"
     else:
         pattern = "this libllama has no RPC backend: build it with -DGGML_RPC=ON"
     with pytest.raises(ValueError, match=pattern):
         Llama(bf16, rpc_servers="127.0.0.1:1")
 
 
-def test_the_patterns_of_experts_are_those_of_llama_cpp() -> None:
-    assert _placement.EXPERTS.format(layer=3) == r"blk\.3\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+def test_the_expert_pattern_is_that_of_llama_cpp() -> None:
+    assert _options.EXPERTS.format(layer=3) == r"blk\.3\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 def test_import_is_quick() -> None:
-    """Without numpy, jinja2 and the library; 100 ms on a machine that does nothing else."""
+    """The import loads neither numpy, jinja2 nor the library; it takes 100 ms on an idle machine."""
     code = "import sys; before = set(sys.modules); import ernie_llama; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "jinja2", "rich", "typer", "gguf", "asyncio"} & set(done.stdout.split())

@@ -1,9 +1,9 @@
-"""ERNIE's answers taken apart, in one piece and in any pieces."""
+"""Splitting ERNIE's answers, fed in one piece and in any pieces."""
 
 from __future__ import annotations
 
 import pytest
-from ernie_llama._output import Content, OutputParser, Part, Reasoning, ToolCall
+from ernie_llama._output import Content, OutputParser, OutputPart, Reasoning, ToolCall
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,14 +11,14 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n<
 WEATHER = ToolCall("get_weather", '{"city": "北京"}')
 
 
-def parse(text: str, thinking: bool = False) -> list[Part]:
+def parse(text: str, thinking: bool = False) -> list[OutputPart]:
     parser = OutputParser(thinking)
     return merged([*parser.feed(text), *parser.flush()])
 
 
-def merged(parts: list[Part]) -> list[Part]:
-    """Neighbours of one kind as one."""
-    result: list[Part] = []
+def merged(parts: list[OutputPart]) -> list[OutputPart]:
+    """Join neighbours of the same class."""
+    result: list[OutputPart] = []
     for part in parts:
         last = result[-1] if result else None
         if isinstance(part, Content) and isinstance(last, Content):
@@ -30,7 +30,7 @@ def merged(parts: list[Part]) -> list[Part]:
     return result
 
 
-CASES: list[tuple[str, bool, list[Part]]] = [
+CASES: list[tuple[str, bool, list[OutputPart]]] = [
     ("plain text\n", False, [Content("plain text\n")]),
     ("", False, []),
     (" \n", False, [Content(" \n")]),
@@ -59,15 +59,15 @@ CASES: list[tuple[str, bool, list[Part]]] = [
 
 
 @pytest.mark.parametrize(("text", "thinking", "parts"), CASES, ids=[repr(case[0][:32]) for case in CASES])
-def test_whole(text: str, thinking: bool, parts: list[Part]) -> None:
+def test_in_one_piece(text: str, thinking: bool, parts: list[OutputPart]) -> None:
     assert parse(text, thinking) == parts
 
 
 @given(st.sampled_from(CASES), st.data())
-def test_in_any_pieces(case: tuple[str, bool, list[Part]], data: st.DataObject) -> None:
+def test_in_any_pieces(case: tuple[str, bool, list[OutputPart]], data: st.DataObject) -> None:
     text, thinking, parts = case
     parser = OutputParser(thinking)
-    found: list[Part] = []
+    found: list[OutputPart] = []
     while text:
         n = data.draw(st.integers(1, len(text)))
         found += parser.feed(text[:n])
@@ -75,7 +75,7 @@ def test_in_any_pieces(case: tuple[str, bool, list[Part]], data: st.DataObject) 
     assert merged([*found, *parser.flush()]) == parts
 
 
-def test_text_is_given_as_soon_as_it_is_certain() -> None:
+def test_text_is_emitted_as_soon_as_it_is_final() -> None:
     parser = OutputParser()
     assert list(parser.feed("one ")) == [Content("one")]
     assert list(parser.feed("two<too")) == [Content(" two")]

@@ -1,4 +1,4 @@
-"""Sampling options: the text is llama.cpp's own, and each option does what it says."""
+"""Sampling options: the text is llama.cpp's own, and each option has its effect."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_grammar_holds_at_any_temperature(llm: Llama) -> None:
         assert completion["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_grammar_that_is_none_is_refused(llm: Llama) -> None:
+def test_an_invalid_grammar_is_refused(llm: Llama) -> None:
     with pytest.raises(ValueError, match=r"llama.cpp cannot read the grammar .*, which begins 'root ::= \('"):
         llm(PROMPT, grammar=LlamaGrammar("root ::= ("))
     assert text(llm(PROMPT, max_tokens=2))
@@ -90,13 +90,13 @@ def test_penalties_see_the_prompt(llm: Llama) -> None:
     assert next(llm.generate(tokens, temp=0, logit_bias={5: 30.0}, presence_penalty=50.0)) != 5
 
 
-def test_without_looking_back_there_is_no_penalty(bf16: str) -> None:
+def test_with_no_tokens_to_look_back_there_is_no_penalty(bf16: str) -> None:
     with Llama(bf16, n_threads=1, last_n_tokens_size=0) as llm:
         plain = text(llm(PROMPT, max_tokens=24, temperature=0))
         assert text(llm(PROMPT, max_tokens=24, temperature=0, repeat_penalty=2.0)) == plain
 
 
-def test_logits_processors_run_in_order_on_what_was_evaluated(llm: Llama) -> None:
+def test_logits_processors_run_in_order_on_the_evaluated_tokens(llm: Llama) -> None:
     seen: list[list[int]] = []
 
     def forbid_all_but(ids: npt.NDArray[np.intc], logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -117,7 +117,7 @@ def test_logits_processors_run_in_order_on_what_was_evaluated(llm: Llama) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repeat_penalty": 0.0}, r"repeat_penalty is 0.0, expected more than 0; 1 is none"),
+        ({"repeat_penalty": 0.0}, r"repeat_penalty is 0.0, expected more than 0; 1 disables it"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a finite number"),
         ({"mirostat_mode": 3}, r"mirostat_mode is 3, expected 0 \(off\), 1 or 2"),
     ],

@@ -23,19 +23,19 @@ def joined(llm: Llama, **options: object) -> tuple[str, str | None]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": ["e"]}, {"stop": "(self"}, {"echo": True}], ids=str)
-def test_the_chunks_are_the_whole(llm: Llama, options: dict[str, object]) -> None:
+def test_the_chunks_add_up_to_the_result(llm: Llama, options: dict[str, object]) -> None:
     whole = llm(PROMPT, max_tokens=24, seed=7, **options)  # type: ignore[call-overload]  # options of several types
     reason = whole["choices"][0]["finish_reason"]
     assert joined(llm, max_tokens=24, seed=7, **options) == (text(whole), reason)
 
 
-def test_a_stream_begins_before_the_end(llm: Llama) -> None:
+def test_a_stream_starts_before_generation_ends(llm: Llama) -> None:
     stream = llm(PROMPT, max_tokens=200, stream=True)
     next(stream)
     assert llm.n_tokens < 20
 
 
-def test_characters_that_are_split_over_tokens_come_whole(llm: Llama) -> None:
+def test_characters_split_over_tokens_come_complete(llm: Llama) -> None:
     emoji = llm.tokenize("🎉".encode(), add_bos=False)[-4:]
     assert [len(llm.detokenize([token])) for token in emoji] == [1, 1, 1, 1]
 
@@ -49,7 +49,7 @@ def test_characters_that_are_split_over_tokens_come_whole(llm: Llama) -> None:
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["🎉", "🎉", ""]  # half of a third is dropped
 
 
-def test_ctrl_c_ends_a_stream_and_the_model_goes_on(llm: Llama) -> None:
+def test_after_ctrl_c_in_a_stream_the_model_still_works(llm: Llama) -> None:
     stream = llm(PROMPT, max_tokens=100, stream=True)
     next(stream)
     with pytest.raises(KeyboardInterrupt):
@@ -86,7 +86,7 @@ def test_the_sampled_token_is_among_its_top_logprobs(llm: Llama) -> None:
         assert likeliest == {token: logprob}
 
 
-def test_streamed_logprobs_are_the_whole_ones(llm: Llama) -> None:
+def test_streamed_logprobs_add_up_to_the_result(llm: Llama) -> None:
     whole = llm(PROMPT, max_tokens=24, seed=7, logprobs=1)["choices"][0]["logprobs"]
     assert whole is not None
     parts = [chunk["choices"][0]["logprobs"] for chunk in llm(PROMPT, max_tokens=24, seed=7, logprobs=1, stream=True)]

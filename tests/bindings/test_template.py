@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers does it, in a sandbox."""
+"""Chat templates: rendered as in transformers, in a sandbox."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ answer:{% endif %}"""
     assert template(source).render([USER], add_generation_prompt=False) == "<s>\nuser: Grüße\n"
 
 
-def test_tools_and_further_variables_reach_the_template() -> None:
+def test_tools_and_extra_variables_reach_the_template() -> None:
     tool: ChatCompletionTool = {"type": "function", "function": {"name": "f", "description": "<Grüße>"}}
     source = "{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}{{ enable_thinking }}"
     assert template(source).render([USER], tools=[tool], variables={"enable_thinking": False}) == (
@@ -49,7 +49,7 @@ def test_text_parts_become_one_text_and_other_parts_are_refused() -> None:
         plain.render([{"role": "user", "content": [{"type": "image_url"}]}])
 
 
-def test_a_template_may_refuse_in_its_own_words() -> None:
+def test_a_template_may_refuse_with_its_own_message() -> None:
     refusing = template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses these messages: roles must alternate"):
         refusing.render([USER])
@@ -64,7 +64,7 @@ def test_a_template_may_refuse_in_its_own_words() -> None:
         "{{ cycler.__init__.__globals__.os.system('true') }}",
     ],
 )
-def test_a_template_cannot_reach_out_of_its_sandbox(source: str) -> None:
+def test_a_template_cannot_escape_its_sandbox(source: str) -> None:
     try:
         rendered = template(source).render([USER])
     except ValueError as error:
@@ -80,8 +80,8 @@ def test_the_date_and_loop_controls_as_in_transformers() -> None:
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", template(source).render([USER, USER]))
 
 
-def test_what_is_no_template_and_no_message_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the chat template is not Jinja: .*unknown tag 'fr'"):
+def test_invalid_templates_and_messages_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the chat template is not valid Jinja: .*unknown tag 'fr'"):
         template("{% fr %}")
     with pytest.raises(ValueError, match="there are no messages to answer"):
         template("x").render([])

@@ -25,7 +25,7 @@ def test_a_stop_string_that_spans_tokens_is_never_shown() -> None:
     assert stream.flush() == ""
 
 
-def test_what_only_looked_like_a_stop_string_comes_later() -> None:
+def test_text_that_only_resembled_a_stop_string_comes_later() -> None:
     stream = TextStream(["abc"])
     assert released(stream, [b"xab", b"ab", b"d"]) == ["x", "ab", "abd"]
     assert released(stream, [b"ab"]) == [""]
@@ -46,13 +46,13 @@ def test_empty_stop_strings_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_split_character_comes_whole(cut: int) -> None:
+def test_a_split_character_comes_complete(cut: int) -> None:
     stream = TextStream()
     emoji = "🎉".encode()
     assert released(stream, [emoji[:cut], emoji[cut:]]) == ["", "🎉"]
 
 
-def test_half_a_character_at_the_end_is_dropped_and_other_bytes_become_the_replacement_character() -> None:
+def test_an_incomplete_character_at_the_end_is_dropped_and_invalid_bytes_are_replaced() -> None:
     stream = TextStream()
     assert stream.feed(b"a\xffb\xe6\x97") == "a\ufffdb"
     assert stream.flush() == ""

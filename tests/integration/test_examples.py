@@ -40,7 +40,11 @@ def example(llama_bin: Path, name: str, *args: str | Path, lines: str = "") -> s
 
 def test_every_example_has_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py"}
+    assert names == {"demo.py", "completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py"}
+
+
+def test_demo(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
+    assert tiny_ccq2_gguf.name in example(llama_bin, "demo.py", tiny_ccq2_gguf).stdout
 
 
 def test_completion(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:

@@ -49,10 +49,10 @@ def server_command(file: Path, args: Sequence[str]) -> list[str]:
     Raises:
         ServeError: `file` is no GGUF file, or llama-server is not built.
     """
-    from ernie_llama._model import check_gguf  # noqa: PLC0415 - as all commands, see cli
+    from ernie_llama import check_gguf  # noqa: PLC0415 - as all commands, see cli
 
     try:
-        check_gguf(str(file))
+        check_gguf(file)
     except ValueError as error:
         raise ServeError(str(error)) from error
     given = {arg.split("=", 1)[0] for arg in args}
@@ -67,19 +67,18 @@ def server_program() -> Path:
     Raises:
         ServeError: there is none; says where it was looked for.
     """
-    from ernie_llama import LibraryNotFoundError  # noqa: PLC0415
-    from ernie_llama._library import find  # noqa: PLC0415
+    from ernie_llama import LibraryNotFoundError, library_path  # noqa: PLC0415
 
     try:
-        place, library = find()
+        library = library_path()
     except LibraryNotFoundError as error:
         raise ServeError(f"{SERVER} is not built; {error}".replace("\n", "; ")) from error
     # Not resolved: where the library is a link into the build, its folder is that of the build already.
     program = library.parent / SERVER
     if not program.is_file():
         raise ServeError(
-            f"{program} does not exist (it was looked for beside the library of the {place.origin}): run `make build`, "
-            "or set ERNIE_LLAMA_LIB_PATH to the bin folder of a build that has it"
+            f"{program} does not exist (it was looked for beside the library): run `make build`, or set "
+            "ERNIE_LLAMA_LIB_PATH to the bin folder of a build that has it"
         )
     return program
 

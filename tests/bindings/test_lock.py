@@ -1,4 +1,4 @@
-"""One Llama from many threads: they wait for each other, and a stream that was left says that it has ended."""
+"""One Llama in many threads: they wait for each other, and an abandoned stream says that it has ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ernie_llama import Llama
-from ernie_llama._turns import Turns
+from ernie_llama._lock import ContextLock
 
 PROMPT = "def main():"
 
@@ -23,81 +23,81 @@ def in_thread(action: Callable[[], object]) -> None:
     assert not thread.is_alive()
 
 
-def blocks(turns: Turns) -> bool:
-    """Whether another thread has to wait for a turn; the turn is taken and given back as soon as it can be."""
-    taken = threading.Event()
+def blocks(lock: ContextLock) -> bool:
+    """Whether another thread must wait for a lease, which it releases at once."""
+    acquired = threading.Event()
 
-    def take() -> None:
-        turns.take().release()
-        taken.set()
+    def acquire() -> None:
+        lock.acquire().release()
+        acquired.set()
 
-    threading.Thread(target=take, daemon=True).start()
-    return not taken.wait(timeout=0.05)
+    threading.Thread(target=acquire, daemon=True).start()
+    return not acquired.wait(timeout=0.05)
 
 
-def test_another_thread_waits_for_the_whole_turn() -> None:
-    turns = Turns()
-    turn = turns.take()
-    assert blocks(turns)
-    with turn:
+def test_another_thread_waits_until_the_lease_is_released() -> None:
+    lock = ContextLock()
+    lease = lock.acquire()
+    assert blocks(lock)
+    with lease:
         pass
-    assert blocks(turns)
-    turn.release()
-    assert not blocks(turns)
+    assert blocks(lock)
+    lease.release()
+    assert not blocks(lock)
 
 
-def test_the_same_thread_takes_an_open_turn_over_and_the_old_one_says_so() -> None:
-    turns = Turns()
-    old = turns.take()
-    new = turns.take()
-    with pytest.raises(RuntimeError, match="this stream has ended: its thread has used the Llama for something else"):
+def test_the_same_thread_replaces_an_open_lease_and_the_old_one_says_so() -> None:
+    lock = ContextLock()
+    old = lock.acquire()
+    new = lock.acquire()
+    with pytest.raises(RuntimeError, match=r"this stream has ended: .* its thread used the Llama for something else"):
         old.__enter__()
     old.release()
     with new:
         pass
-    assert blocks(turns)
+    assert blocks(lock)
 
 
-def test_a_turn_of_a_thread_that_has_ended_is_free() -> None:
-    turns = Turns()
-    in_thread(turns.take)
-    assert not blocks(turns)
+def test_a_lease_of_a_finished_thread_is_free() -> None:
+    lock = ContextLock()
+    in_thread(lock.acquire)
+    assert not blocks(lock)
 
 
-def test_a_turn_belongs_to_the_thread_of_its_last_step() -> None:
-    turns = Turns()
-    turn = turns.take()
+def test_a_lease_belongs_to_the_thread_of_its_last_step() -> None:
+    lock = ContextLock()
+    lease = lock.acquire()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(turn.__enter__).result()
-        pool.submit(lambda: turns.leave(turn)).result()
-        waiting = threading.Thread(target=lambda: turns.take().release())
+        pool.submit(lease.__enter__).result()
+        pool.submit(lambda: lock.end_step(lease)).result()
+        waiting = threading.Thread(target=lambda: lock.acquire().release())
         waiting.start()
         waiting.join(timeout=0.05)
         assert waiting.is_alive()
-        pool.submit(lambda: turns.take().release()).result(timeout=10)
+        pool.submit(lambda: lock.acquire().release()).result(timeout=10)
         waiting.join(timeout=10)
         assert not waiting.is_alive()
 
 
-def test_take_now_waits_for_a_step_only() -> None:
-    turns = Turns()
-    turn = turns.take()
-    in_thread(lambda: turns.take_now().release())
+def test_acquire_now_waits_for_the_current_step_only() -> None:
+    lock = ContextLock()
+    lease = lock.acquire()
+    in_thread(lambda: lock.acquire_now().release())
     with pytest.raises(RuntimeError, match="this stream has ended"):
-        turn.__enter__()
+        lease.__enter__()
 
 
-def test_a_pause_leaves_the_turn() -> None:
-    turns = Turns()
-    turn = turns.take()
-    with turns.pause():
+def test_reading_between_steps_keeps_the_lease() -> None:
+    lock = ContextLock()
+    lease = lock.acquire()
+    with lock.between_steps():
         pass
-    with turn:
+    with lease:
         pass
 
 
 @pytest.mark.build
-def test_threads_on_one_llama_get_what_each_would_alone(llm: Llama) -> None:
+def test_threads_that_share_a_llama_get_the_texts_of_separate_calls(llm: Llama) -> None:
     prompts = ["def main():", "import os\n", "class Node:", "for i in range("]
     alone = [llm(prompt, max_tokens=12, temperature=0)["choices"][0]["text"] for prompt in prompts]
 
@@ -112,12 +112,12 @@ def test_threads_on_one_llama_get_what_each_would_alone(llm: Llama) -> None:
 
 
 @pytest.mark.build
-def test_a_stream_that_its_thread_left_has_ended(llm: Llama) -> None:
+def test_an_abandoned_stream_has_ended(llm: Llama) -> None:
     stream = llm(PROMPT, max_tokens=12, temperature=0, stream=True)
     next(stream)
     expected = llm.logits.argmax()
     assert llm("import os\n", max_tokens=2)["usage"]["completion_tokens"] == 2
-    assert llm.tokenize(b"x")  # needs no turn
+    assert llm.tokenize(b"x")  # needs no lease
     with pytest.raises(RuntimeError, match="this stream has ended"):
         next(stream)
     again = llm.generate(llm.tokenize(PROMPT.encode(), special=True), temp=0)
@@ -125,7 +125,7 @@ def test_a_stream_that_its_thread_left_has_ended(llm: Llama) -> None:
 
 
 @pytest.mark.build
-def test_a_stream_that_was_thrown_away_holds_nobody_up(llm: Llama) -> None:
+def test_a_discarded_stream_blocks_nobody(llm: Llama) -> None:
     for _ in llm(PROMPT, max_tokens=12, stream=True):
         break
     texts: list[str] = []
@@ -148,12 +148,12 @@ def test_another_thread_waits_until_the_stream_ends(llm: Llama) -> None:
 
 
 @pytest.mark.build
-def test_close_ends_a_stream_with_a_sentence(bf16: str) -> None:
+def test_close_ends_an_open_stream(bf16: str) -> None:
     llm = Llama(bf16, n_threads=1)
     stream = llm(PROMPT, max_tokens=6, stream=True)
     next(stream)
     llm.close()
-    with pytest.raises(RuntimeError, match=r"has ended: its thread has used the Llama .* \(or closed it\)"):
+    with pytest.raises(RuntimeError, match=r"has ended: .* its thread used the Llama .* \(or closed it\)"):
         next(stream)
 
 
@@ -213,7 +213,7 @@ print("done")
 
 
 @pytest.mark.build
-def test_threads_that_do_everything_while_one_closes_get_errors_not_crashes(bf16: str) -> None:
+def test_close_during_any_call_of_other_threads_gives_errors_not_crashes(bf16: str) -> None:
     command = [sys.executable, "-c", STRESS, bf16]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -1,0 +1,239 @@
+"""The options of `Llama`, checked and turned into the fields of llama.cpp's parameter structs; and RPC servers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import _structs
+
+SPLIT_MODES = {
+    "none": _structs.LLAMA_SPLIT_MODE_NONE,
+    "layer": _structs.LLAMA_SPLIT_MODE_LAYER,
+    "row": _structs.LLAMA_SPLIT_MODE_ROW,
+    "tensor": _structs.LLAMA_SPLIT_MODE_TENSOR,
+}
+# The types that llama.cpp accepts for the KV cache.
+KV_TYPES = {
+    "f32": _structs.GGML_TYPE_F32,
+    "f16": _structs.GGML_TYPE_F16,
+    "bf16": _structs.GGML_TYPE_BF16,
+    "q8_0": _structs.GGML_TYPE_Q8_0,
+    "q4_0": _structs.GGML_TYPE_Q4_0,
+    "q4_1": _structs.GGML_TYPE_Q4_1,
+    "iq4_nl": _structs.GGML_TYPE_IQ4_NL,
+    "q5_0": _structs.GGML_TYPE_Q5_0,
+    "q5_1": _structs.GGML_TYPE_Q5_1,
+}
+# By (use_mmap, use_mlock).
+LOAD_MODES = {
+    (False, False): _structs.LLAMA_LOAD_MODE_NONE,
+    (True, False): _structs.LLAMA_LOAD_MODE_MMAP,
+    (False, True): _structs.LLAMA_LOAD_MODE_MLOCK,
+    (True, True): _structs.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+# Every name that llama.cpp gives to the expert tensors of a layer.
+EXPERTS = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+_rpc_lock = threading.Lock()
+_rpc_servers: set[str] = set()
+
+
+def model_fields(
+    library: ctypes.CDLL,
+    *,
+    n_gpu_layers: int,
+    split_mode: int | str,
+    main_gpu: int,
+    tensor_split: Sequence[float] | None,
+    n_cpu_moe: int,
+    tensor_buft_overrides: Mapping[str, str] | str,
+    use_mmap: bool,
+    use_mlock: bool,
+) -> dict[str, Any]:
+    """The fields of `llama_model_params` that the options set.
+
+    Raises:
+        ValueError: an option is out of range, or names something that this library does not have.
+    """
+    at_least("main_gpu", main_gpu, 0)
+    at_least("n_cpu_moe", n_cpu_moe, 0)
+    fields: dict[str, Any] = {
+        "n_gpu_layers": n_gpu_layers,
+        "split_mode": enum_value("split_mode", split_mode, SPLIT_MODES),
+        "main_gpu": main_gpu,
+        "load_mode": LOAD_MODES[use_mmap, use_mlock],
+    }
+    if tensor_split:
+        fields["tensor_split"] = _tensor_split(library, tensor_split)
+    if overrides := _overrides(library, tensor_buft_overrides, n_cpu_moe):
+        fields["tensor_buft_overrides"] = ctypes.cast(overrides, ctypes.c_void_p)  # keeps the array alive
+    return fields
+
+
+def context_fields(
+    *,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    n_threads: int | None,
+    n_threads_batch: int | None,
+    type_k: int | str | None,
+    type_v: int | str | None,
+    flash_attn: bool | None,
+    offload_kqv: bool,
+    embedding: bool,
+    pooling_type: int,
+) -> dict[str, Any]:
+    """The fields of `llama_context_params` that the options set.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    fields = {
+        "n_ctx": at_least("n_ctx", n_ctx, 0),
+        "n_batch": at_least("n_batch", n_batch, 1),
+        "n_ubatch": at_least("n_ubatch", n_ubatch, 1),
+        "n_threads": at_least("n_threads", n_threads or physical_cores(), 1),
+        "offload_kqv": offload_kqv,
+        "embeddings": embedding,
+        "pooling_type": pooling_type,
+    }
+    fields["n_threads_batch"] = at_least("n_threads_batch", n_threads_batch or fields["n_threads"], 1)
+    if embedding:
+        fields["n_ubatch"] = n_batch  # pooling needs the whole text in one micro-batch
+    if flash_attn is not None:
+        fields["flash_attn_type"] = int(flash_attn)
+    for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
+        if kv_type is not None:
+            fields[name] = enum_value(name, kv_type, KV_TYPES)
+    return fields
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """`value` again; ValueError if it is smaller than `least`. llama.cpp would abort the process for some options."""
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
+    return value
+
+
+def enum_value(name: str, value: int | str, values: Mapping[str, int]) -> int:
+    """The number of an enum's value, which may be given by name or by number.
+
+    Raises:
+        ValueError: the enum has no such value.
+    """
+    if isinstance(value, str) and value.lower() in values:
+        return values[value.lower()]
+    if isinstance(value, int) and value in values.values():
+        return int(value)
+    known = ", ".join(f"{each} ({n})" for each, n in values.items())
+    raise ValueError(f"{name} is {value!r}, expected one of {known}")
+
+
+def _tensor_split(library: ctypes.CDLL, shares: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    """The share of each device, [llama_max_devices]; devices without a share get zero."""
+    most: int = library.llama_max_devices()
+    if len(shares) > most:
+        raise ValueError(f"tensor_split has {len(shares)} shares, llama.cpp knows at most {most} devices")
+    return (ctypes.c_float * most)(*shares)
+
+
+def _overrides(
+    library: ctypes.CDLL, patterns: Mapping[str, str] | str, n_cpu_moe: int
+) -> ctypes.Array[_structs.llama_model_tensor_buft_override] | None:
+    """The list for `tensor_buft_overrides`, ended by a NULL pattern; None if it would be empty.
+
+    The first pattern that matches a tensor wins, so `patterns` go before those of `n_cpu_moe`.
+    """
+    wanted = _parsed(patterns) if isinstance(patterns, str) else dict(patterns)
+    wanted |= {EXPERTS.format(layer=layer): "CPU" for layer in range(n_cpu_moe)}
+    if not wanted:
+        return None
+    types = _buffer_types(library)
+    result = (_structs.llama_model_tensor_buft_override * (len(wanted) + 1))()  # the last stays NULL
+    for i, (pattern, name) in enumerate(wanted.items()):
+        if name not in types:
+            raise ValueError(f"tensor_buft_overrides: there is no buffer type {name!r}; there are {', '.join(types)}")
+        try:
+            re.compile(pattern)  # llama.cpp would abort the process
+        except re.error as error:
+            raise ValueError(
+                f"tensor_buft_overrides: {pattern!r} is not a valid regular expression: {error}"
+            ) from error
+        result[i] = _structs.llama_model_tensor_buft_override(pattern.encode(), types[name])
+    return result
+
+
+def _parsed(text: str) -> dict[str, str]:
+    wanted = {}
+    for entry in filter(None, text.split(",")):
+        pattern, equals, name = entry.rpartition("=")
+        if not equals:
+            raise ValueError(f"tensor_buft_overrides: found {entry!r}, expected PATTERN=BUFFER_TYPE")
+        wanted[pattern] = name
+    return wanted
+
+
+def _buffer_types(library: ctypes.CDLL) -> dict[str, _structs.ggml_backend_buffer_type_t]:
+    devices = [library.ggml_backend_dev_get(i) for i in range(library.ggml_backend_dev_count())]
+    types = [library.ggml_backend_dev_buffer_type(device) for device in devices]
+    return {library.ggml_backend_buft_name(each).decode(): each for each in types if each}
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use, which is also llama.cpp's default for its threads."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    try:
+        siblings = {Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text() for cpu in cpus}
+    except OSError:  # a container without /sys
+        return len(cpus)
+    return len(siblings)
+
+
+def add_rpc_servers(library: ctypes.CDLL, servers: str | Sequence[str]) -> None:
+    """Add the devices of RPC servers to those of this process, each server once, until the process ends.
+
+    Args:
+        library: the loaded library.
+        servers: HOST:PORT of each, as a list or separated by commas.
+
+    Raises:
+        ValueError: the library has no RPC backend, or a server does not answer.
+    """
+    endpoints = servers.split(",") if isinstance(servers, str) else list(servers)
+    backend = library.ggml_backend_reg_by_name(b"RPC")
+    address = backend and library.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
+    if not address:
+        raise ValueError("this libllama has no RPC backend: build it with -DGGML_RPC=ON")
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
+    with _rpc_lock:
+        for endpoint in endpoints:
+            if endpoint in _rpc_servers:
+                continue
+            _check_reachable(endpoint)
+            library.ggml_backend_register(add_server(endpoint.encode()))
+            _rpc_servers.add(endpoint)
+
+
+def _check_reachable(endpoint: str) -> None:
+    """ValueError if nothing listens at HOST:PORT: ggml would abort the process."""
+    host, colon, port = endpoint.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError(f"rpc_servers: found {endpoint!r}, expected HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"no RPC server answers at {endpoint} ({why}): start `ggml-rpc-server -H HOST -p PORT` there"
+        ) from error
