@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.ccq2.encode import BOOK_RMS
 from ernie_gguf.ccq2.rows import codebook
 from rich.progress import track
@@ -22,7 +22,7 @@ from rich.progress import track
 F32 = npt.NDArray[np.float32]
 Map = tuple[int, int]
 
-FIRST: Map = POOL[0]  # the affine map that a search over all of them found best; the pool begins with it
+FIRST: Map = CODE_MAPS[0]  # the affine map that a search over all of them found best; the pool begins with it
 AFFINE_M = 2**32 / 256 * np.array([0.93, 0.95])  # 256 codes times M stay within 32 bits
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         print(f"    ({m}, {z}),  # alone {error[i].mean():.4f}, best of the pool so far {best.mean():.4f}")
     fresh = np.random.default_rng(options.seed + 1)  # rows that nothing was chosen by
     found = row_errors([maps[i] for i in chosen], options.rows, options.weights, fresh)
-    given = row_errors(list(POOL), options.rows, options.weights, np.random.default_rng(options.seed + 1))
+    given = row_errors(list(CODE_MAPS), options.rows, options.weights, np.random.default_rng(options.seed + 1))
     print(f"on other rows: this pool {found.min(0).mean():.4f}, CODE_MAPS {given.min(0).mean():.4f}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common import REPOSITORY, add_folder, add_threads, benchmark_parser, machine, report
 from convert_speed import make_checkpoint
-from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.checkpoint.shards import read_headers
 from ernie_gguf.convert import prepare
 from ernie_gguf.gguf_file.outtype import Outtype
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="one dense, the others MoE; at least 3")
     parser.add_argument("--tokens", type=int, default=196608, help="to calibrate with")
     parser.add_argument("--text", type=Path, help="instead of this repository's sources")
-    parser.add_argument("--maps", type=int, default=len(POOL))
+    parser.add_argument("--maps", type=int, default=len(CODE_MAPS))
     add_threads(parser)
     add_folder(parser, "1.5 GB per layer")
     options = parser.parse_args()

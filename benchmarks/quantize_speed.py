@@ -15,7 +15,7 @@ from typing import ParamSpec
 
 import torch
 from common import benchmark_parser, machine, report
-from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
 from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
 from ernie_gguf.quantize.metric import make_metric
@@ -49,7 +49,7 @@ def problem(experts: int, rows: int, k: int, device: str) -> tuple[torch.Tensor,
 
 def measure(device: str, experts: int, maps: int, kernels: Kernels) -> list[Timing]:
     """One run per shape, after one to warm up."""
-    pipeline = Pipeline(make_books(POOL[:maps], device), kernels)
+    pipeline = Pipeline(make_books(CODE_MAPS[:maps], device), kernels)
     found = []
     for name, (rows, k) in SHAPES.items():
         w, h = problem(experts, rows, k, device)
@@ -81,7 +81,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--experts", type=int, help="at once (default: 1 on a CPU, 32 on a GPU)")
-    parser.add_argument("--maps", type=int, nargs="*", default=[1, len(POOL)], help="code maps tried per row")
+    parser.add_argument("--maps", type=int, nargs="*", default=[1, len(CODE_MAPS)], help="code maps tried per row")
     parser.add_argument("--torch", action="store_true", help="plain torch instead of the compiled or Triton search")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a rate per core

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, padded, write_header
 from ernie_gguf.gguf_file.types import ccq2_row_size
 from gguf import GGUFWriter
@@ -67,7 +67,7 @@ def block_type(id_: int, weights: int, nbytes: int, scales: dict[int, float]) ->
 
 def tame_ccq2(rows: Bytes) -> None:
     """Header (M, Z, d, 0) of each row; code bytes and group scales may be anything. Padding is not read."""
-    header = np.array([(*POOL[0], WEIGHT / 16 / 8, 0)], "<u4,<u4,<f4,<u4")
+    header = np.array([(*CODE_MAPS[0], WEIGHT / 16 / 8, 0)], "<u4,<u4,<f4,<u4")
     rows[:, :16] = header.view(np.uint8)
 
 

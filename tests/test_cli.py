@@ -18,7 +18,7 @@ from ernie_gguf import convert
 from ernie_gguf import write as execute
 from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.gguf_file.reader import read_gguf
-from ernie_gguf.losses import Losses
+from ernie_gguf.transform import Inexact
 from ernie_gguf.write import Piece
 from support.checkpoints import EXAMPLE, Spec, make
 from support.command_line import Command, snapshot
@@ -302,7 +302,7 @@ def test_signals(
 ) -> None:
     write_piece = execute._write_piece
 
-    def write_and_signal(reader: ShardReader, fd: int, piece: Piece) -> Losses:
+    def write_and_signal(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
         written = write_piece(reader, fd, piece)
         if piece.tensor.name == "blk.1.attn_q.weight":
             os.kill(os.getpid(), number)

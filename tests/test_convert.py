@@ -10,7 +10,7 @@ import pytest
 from ernie_gguf import write as execute
 from ernie_gguf.ccq2.encode import encode_rows
 from ernie_gguf.ccq2.rows import dequantize_rows
-from ernie_gguf.checkpoint import storage as packing
+from ernie_gguf.checkpoint import storage
 from ernie_gguf.convert import prepare, run
 from ernie_gguf.errors import EncodeError
 from ernie_gguf.gguf_file.outtype import Outtype
@@ -100,8 +100,8 @@ def test_split_fused_single_and_sharded_are_one(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize("outtype", ["bf16", "q8_0", "ccq2"])
 def test_same_input_same_bytes(checkpoint: Path, tmp_path: Path, outtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(checkpoint, tmp_path / "a.gguf", outtype, threads=1)
-    monkeypatch.setattr(packing, "COPY_BYTES", 10_000)
-    monkeypatch.setattr(packing, "TRANSFORM_BYTES", 10_000)
+    monkeypatch.setattr(storage, "COPY_BYTES", 10_000)
+    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)
     convert(checkpoint, tmp_path / "b.gguf", outtype, threads=4)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
@@ -181,7 +181,7 @@ def test_metadata_of_shared_experts(tmp_path: Path) -> None:
 def test_nan_is_named_and_nothing_is_left(
     tmp_path: Path, outtype: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "TRANSFORM_BYTES", 10_000)  # row 100 is not in the first piece
+    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)  # row 100 is not in the first piece
     source = make(tmp_path / "source", SPEC)
     values = weights(SPEC)
     bad = "model.layers.1.mlp.experts.2.up_proj.weight"

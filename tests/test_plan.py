@@ -79,7 +79,9 @@ def test_shapes() -> None:
 
 def test_fused_names_give_the_same_tensors() -> None:
     split, fused = plan(SPLIT), plan(replace(SPLIT, fused=True))
-    assert [(t.name, t.shape, t.kind) for t in split.tensors] == [(t.name, t.shape, t.kind) for t in fused.tensors]
+    assert [(t.name, t.shape, t.ggml_type) for t in split.tensors] == [
+        (t.name, t.shape, t.ggml_type) for t in fused.tensors
+    ]
     parts = {tensor.name: [(p.source.name, p.row, p.rows) for p in tensor.parts] for tensor in fused.tensors}
     qkv = "model.layers.1.self_attn.qkv_proj.weight"
     assert parts["blk.1.attn_q.weight"] == [(qkv, 0, 256)]
@@ -156,9 +158,9 @@ def test_what_is_dropped() -> None:
 def test_types(outtype: Outtype, linear: GgmlType, expert: GgmlType) -> None:
     for tensor in plan(SPLIT, outtype, SPLIT_HEADERS).tensors:
         if tensor.name.endswith(("_norm.weight", "exp_probs_b.bias", "ffn_gate_inp.weight")):
-            assert tensor.kind is GgmlType.F32, tensor.name
+            assert tensor.ggml_type is GgmlType.F32, tensor.name
         else:
-            assert tensor.kind is (expert if "_exps." in tensor.name else linear), tensor.name
+            assert tensor.ggml_type is (expert if "_exps." in tensor.name else linear), tensor.name
 
 
 def test_sizes() -> None:
@@ -179,8 +181,8 @@ def test_rows_that_do_not_fill_a_q8_0_block_become_f16() -> None:
     tensor = next(
         t for t in plan(replace(SPLIT, ffn_width=520), Outtype.Q8_0).tensors if t.name == "blk.0.ffn_down.weight"
     )
-    assert tensor.kind is GgmlType.F16
-    assert tensor.note == "rows of 520 are no multiple of 32: f16 instead of q8_0"
+    assert tensor.ggml_type is GgmlType.F16
+    assert tensor.note == "rows of 520 are not a multiple of 32: f16 instead of q8_0"
 
 
 def test_ccq2_needs_rows_of_256() -> None:

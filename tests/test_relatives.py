@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from ernie_gguf.checkpoint.paddle_fp8 import E4M3
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, read_checkpoint, run
 from ernie_gguf.errors import CheckpointError, ConfigError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
+from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from support.checkpoints import Spec, Stored, config, make, store, stored
 from support.paddle import Quantized, plain, quantized, two_bits_config, write
@@ -25,7 +26,10 @@ def convert(source: Path, outfile: Path, outtype: str = "auto", text_only: bool 
     job = prepare(source, Outtype(outtype), text_only)
     run(job, outfile, threads=2, overwrite=False, progress=lambda _: None)
     file = read_gguf(outfile)
-    assert all(verdict.ok for verdict in verify.verify(job, file, 2, lambda _: None))
+    assert all(
+        verdict.ok
+        for verdict in verify.verify(map_tensors(*read_checkpoint(source, text_only)), file, 2, lambda _: None)
+    )
     return file
 
 

@@ -6,8 +6,7 @@ import pytest
 from ernie_gguf.checkpoint.values import ChannelInts, to_float32
 from ernie_gguf.errors import EncodeError
 from ernie_gguf.gguf_file.types import GgmlType
-from ernie_gguf.losses import Losses
-from ernie_gguf.transform import encode_values, transform_rows
+from ernie_gguf.transform import Inexact, encode_values, transform_rows
 
 F32 = npt.NDArray[np.float32]
 
@@ -102,16 +101,16 @@ def test_q4_0_refuses() -> None:
 
 def test_ints_to_q4_0_by_hand() -> None:
     q = np.array([[-8, 7, 0, 1, *[0] * 12, 3, -5, *[0] * 14]], np.int8)
-    out, losses = encode_values(ChannelInts(q, np.array([0.25], np.float32), 4), GgmlType.Q4_0)
+    out, inexact = encode_values(ChannelInts(q, np.array([0.25], np.float32), 4), GgmlType.Q4_0)
     assert out[:, :2].view(np.float16).tolist() == [[0.25]]
     assert out[0, 2:].tolist() == [0xB0, 0x3F, 0x88, 0x89, *[0x88] * 12]
-    assert losses == Losses(rows=1)
+    assert inexact == Inexact(rows=1)
 
 
 def test_ints_to_q8_0_by_hand() -> None:
     q = np.array([[-128, 127, *[0] * 29, 5] * 2], np.int8)
-    out, losses = encode_values(ChannelInts(q, np.array([0.1], np.float32), 8), GgmlType.Q8_0)
+    out, inexact = encode_values(ChannelInts(q, np.array([0.1], np.float32), 8), GgmlType.Q8_0)
     assert out.shape == (1, 68)
     assert out[0, [2, 3, 33, 36, 37, 67]].view(np.int8).tolist() == [-128, 127, 5] * 2
-    assert losses.rounded_scales == 1
-    assert losses.scale_error == pytest.approx((0.1 - 0.0999755859375) / 0.1, rel=1e-3)
+    assert inexact.rounded_scales == 1
+    assert inexact.scale_error == pytest.approx((0.1 - 0.0999755859375) / 0.1, rel=1e-3)

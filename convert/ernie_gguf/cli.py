@@ -164,16 +164,17 @@ def verify(
     threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from; exit code 1 if one is wrong."""
-    from .convert import prepare  # noqa: PLC0415
+    from .convert import read_checkpoint  # noqa: PLC0415
     from .gguf_file.reader import read_gguf  # noqa: PLC0415
+    from .mapping import map_tensors  # noqa: PLC0415
     from .report import show  # noqa: PLC0415
     from .verify.compare import verify as compare  # noqa: PLC0415
     from .verify.report import verdicts_json, verdicts_table  # noqa: PLC0415
 
     gguf = read_gguf(file)
-    job = prepare(source, Outtype.F32, text_only)  # the types of the file count, not the plan's
-    with _progress(sum(tensor.elements for tensor in job.plan.tensors), "Comparing", bytes_=False) as progress:
-        verdicts = compare(job, gguf, threads, progress)
+    mapped = map_tensors(*read_checkpoint(source, text_only))
+    with _progress(sum(tensor.elements for tensor in mapped.tensors), "Comparing", bytes_=False) as progress:
+        verdicts = compare(mapped, gguf, threads, progress)
     show(verdicts_json(gguf, verdicts) if as_json else verdicts_table(gguf, verdicts))
     if not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)

@@ -10,16 +10,16 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
-from .checkpoint.shards import read_headers
+from .checkpoint.shards import TensorHeader, read_headers
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
 from .gguf_file.outtype import Outtype
 from .gguf_file.reader import add_tensor, free_bytes, unfinished
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
 from .gguf_file.types import GgmlType
-from .losses import Losses
 from .metadata import set_inexact_rows, write_layout, write_metadata
 from .plan import Plan, make_plan
+from .transform import Inexact
 from .write import Progress, data_nbytes, replacing, write_tensors
 
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
@@ -42,7 +42,7 @@ class Result:
     paths: tuple[Path, ...]
     nbytes: int
     seconds: float
-    losses: dict[str, Losses]  # of the tensors that were repacked, not re-quantized
+    inexact: dict[str, Inexact]  # of the tensors that were repacked, not re-quantized
 
 
 def model_name(source: Path) -> str:
@@ -71,13 +71,18 @@ def refuse_split(source: Path) -> None:
     )
 
 
+def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig, dict[str, TensorHeader]]:
+    """A checkpoint's configuration and tensor headers; raises an ErnieGgufError."""
+    refuse_split(source)
+    return read_config(source, text_only), read_headers(source)
+
+
 def prepare(
     source: Path, outtype: Outtype, text_only: bool = False, types: Mapping[str, GgmlType] | None = None
 ) -> Job:
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
-    refuse_split(source)
-    config = read_config(source, text_only)
-    plan = make_plan(config, read_headers(source), outtype, types)
+    config, headers = read_checkpoint(source, text_only)
+    plan = make_plan(config, headers, outtype, types)
     return Job(source, config, read_vocab(source, config), plan)
 
 
@@ -98,7 +103,7 @@ def header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     if len(files) > 1:
         add_split_keys(writer, number, len(files), len(job.plan.tensors))
     for tensor in part.tensors:
-        add_tensor(writer, tensor.name, tensor.shape, tensor.kind, tensor.nbytes)
+        add_tensor(writer, tensor.name, tensor.shape, tensor.ggml_type, tensor.nbytes)
     return writer
 
 
@@ -115,7 +120,7 @@ def run(
     begin = time.monotonic()
     files = split_plan(job.plan, split_max_bytes)
     paths = split_paths(outfile, len(files))
-    losses: dict[str, Losses] = {}
+    inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Left in reverse order: the first file, the one that is loaded by name, appears last.
         temporaries = [stack.enter_context(replacing(path, overwrite)) for path in paths]
@@ -123,7 +128,7 @@ def run(
             raise OutputError(f"{outfile}: needs {needed} bytes, the disk has {free} free; nothing was written")
         for number, (temporary, part) in enumerate(zip(temporaries, files, strict=True)):
             with unfinished(temporary, header(job, files, number)) as (fd, data_offset):
-                losses |= write_tensors(part, fd, data_offset, threads, progress)
-        set_inexact_rows(temporaries[0], sum(lost.missed_rows for lost in losses.values()))
+                inexact |= write_tensors(part, fd, data_offset, threads, progress)
+        set_inexact_rows(temporaries[0], sum(lost.missed_rows for lost in inexact.values()))
         nbytes = sum(temporary.stat().st_size for temporary in temporaries)
-    return Result(tuple(paths), nbytes, time.monotonic() - begin, losses)
+    return Result(tuple(paths), nbytes, time.monotonic() - begin, inexact)

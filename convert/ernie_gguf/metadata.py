@@ -16,7 +16,7 @@ from .checkpoint.vocab import Vocab
 from .gguf_file.outtype import Outtype
 from .gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, set_uint32
 from .gguf_file.types import GgmlType
-from .plan import Plan, is_expert
+from .plan import Plan
 
 INEXACT_KEY = "ernie_gguf.ccq.inexact_rows"  # of a repacked 2-bit checkpoint
 
@@ -33,7 +33,7 @@ FILE_TYPES: dict[Outtype, int] = {
 
 def _size_label(config: ErnieConfig, plan: Plan) -> str:
     """As upstream labels models: "21B", or "64x300M" with the experts counted once."""
-    experts = sum(tensor.elements for tensor in plan.tensors if is_expert(tensor))
+    experts = sum(tensor.elements for tensor in plan.tensors if tensor.is_expert)
     total = sum(tensor.elements for tensor in plan.tensors)
     count = config.moe.experts if config.moe else 0
     label: str = size_label(total, total - experts, experts // count if count else 0, count)
@@ -69,7 +69,7 @@ def _write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocab.tokens)
     writer.add_token_scores(vocab.scores)
-    writer.add_token_types([int(kind) for kind in vocab.types])
+    writer.add_token_types([int(token_type) for token_type in vocab.types])
     for role, token_id in vocab.special.items():
         getattr(writer, f"add_{role}_token_id")(token_id)
     writer.add_add_bos_token(vocab.add_bos)
@@ -81,7 +81,7 @@ def _write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
 
 def write_layout(writer: GGUFWriter, plan: Plan) -> None:
     """The key without which no loader takes a file with ccq2 tensors."""
-    if any(tensor.kind is GgmlType.CCQ2 for tensor in plan.tensors):
+    if any(tensor.ggml_type is GgmlType.CCQ2 for tensor in plan.tensors):
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
 
 
@@ -98,7 +98,7 @@ def write_metadata(writer: GGUFWriter, name: str, config: ErnieConfig, vocab: Vo
     writer.add_file_type(FILE_TYPES[plan.outtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_layout(writer, plan)
-    if any(part.source.packing is CCQ2 for tensor in plan.tensors for part in tensor.parts):
+    if any(part.source.storage is CCQ2 for tensor in plan.tensors for part in tensor.parts):
         writer.add_uint32(INEXACT_KEY, 0)  # set when all rows are written
     _write_model(writer, config)
     if config.moe is not None:

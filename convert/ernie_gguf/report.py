@@ -12,8 +12,8 @@ from rich.text import Text
 
 from .convert import Result
 from .gguf_file.reader import GgufFile
-from .losses import NONE, Losses
 from .plan import Plan
+from .transform import ALL_EXACT, Inexact
 from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
@@ -41,7 +41,7 @@ def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]
 
 
 def _plan_types(plan: Plan) -> dict[str, dict[str, Any]]:
-    return by_type((tensor.kind.name.lower(), tensor.elements, tensor.nbytes) for tensor in plan.tensors)
+    return by_type((tensor.ggml_type.name.lower(), tensor.elements, tensor.nbytes) for tensor in plan.tensors)
 
 
 def _bpw(types: dict[str, dict[str, Any]]) -> float:
@@ -85,7 +85,7 @@ def plan_json(plan: Plan, paths: Sequence[Path]) -> dict[str, Any]:
             {
                 "name": tensor.name,
                 "ne": list(reversed(tensor.shape)),
-                "type": tensor.kind.name.lower(),
+                "type": tensor.ggml_type.name.lower(),
                 "bytes": tensor.nbytes,
                 "sources": [
                     {"name": part.source.name, "dtype": part.source.dtype, "row": part.row, "rows": part.rows}
@@ -109,7 +109,7 @@ def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
         table.add_row(
             tensor.name,
             _shape(reversed(tensor.shape)),
-            tensor.kind.name.lower(),
+            tensor.ggml_type.name.lower(),
             human(tensor.nbytes),
             Text(f"{first.name} {first.dtype}{more}{note}"),
         )
@@ -122,14 +122,14 @@ def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
     return [*out, _types_table(types), "", Text(f"{total}; nothing was written (--dry-run)")]
 
 
-def _losses_json(losses: dict[str, Losses]) -> dict[str, Any]:
+def _inexact_json(inexact: dict[str, Inexact]) -> dict[str, Any]:
     """What exact repacks lost: totals, and the tensors that lost something."""
-    total = sum(losses.values(), NONE)
-    return {**asdict(total), "inexact": {name: asdict(lost) for name, lost in losses.items() if lost.any}}
+    total = sum(inexact.values(), ALL_EXACT)
+    return {**asdict(total), "inexact": {name: asdict(lost) for name, lost in inexact.items() if lost.any}}
 
 
-def _losses_text(losses: dict[str, Losses]) -> list[Text]:
-    total = sum(losses.values(), NONE)
+def _inexact_text(inexact: dict[str, Inexact]) -> list[Text]:
+    total = sum(inexact.values(), ALL_EXACT)
     if not total.rows:
         return []
     lines = [f"repacked {total.rows:,} quantized rows without quantizing again"]
@@ -158,7 +158,7 @@ def result_json(plan: Plan, result: Result) -> dict[str, Any]:
         "bits_per_weight": _bpw(_plan_types(plan)),
         "types": _plan_types(plan),
         "dropped": [{"name": header.name, "reason": reason} for header, reason in plan.dropped],
-        "repacked": _losses_json(result.losses),
+        "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
     }
@@ -171,7 +171,7 @@ def result_text(plan: Plan, result: Result) -> list[Any]:
     lines: list[Any] = [_types_table(types), ""]
     if plan.dropped:
         lines.append(Text(f"dropped {len(plan.dropped)} tensors (--dry-run names them and the reasons)"))
-    lines += _losses_text(result.losses)
+    lines += _inexact_text(result.inexact)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"
     files = f" and {len(result.paths) - 1} more files" if len(result.paths) > 1 else ""

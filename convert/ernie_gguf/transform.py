@@ -7,6 +7,7 @@ For the standard types the bytes are those that llama.cpp's own converter writes
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,45 @@ from .ccq2.fit import affine_codes, fit_codes
 from .checkpoint.values import CcqChannels, ChannelInts, FloatRows, Values, to_float32
 from .errors import EncodeError
 from .gguf_file.types import BLOCKS, GgmlType, ccq2_row_size
-from .losses import NONE, Losses
 
 Rows = npt.NDArray[Any]  # [rows, K] in the checkpoint's dtype; bfloat16 as uint16
 F32Rows = npt.NDArray[np.float32]  # [rows, K]
 ByteRows = npt.NDArray[np.uint8]  # [rows, row_size]
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """What an exact repack could not keep: counted while a tensor is written, reported at the end, never hidden.
+
+    Counts add up over pieces; `scale_error` is the largest relative error of a scale that f16 had to round.
+
+    `rows` counts rows that were repacked, not re-quantized. `missed_rows` of them have no M, Z that gives all 256 codes
+    (`missed_codes` in total differ); `rounded_scales` have a scale that is no f16 number.
+    """
+
+    rows: int = 0
+    missed_rows: int = 0
+    missed_codes: int = 0
+    rounded_scales: int = 0
+    scale_error: float = 0.0
+
+    def __add__(self, other: "Inexact") -> "Inexact":
+        return Inexact(
+            self.rows + other.rows,
+            self.missed_rows + other.missed_rows,
+            self.missed_codes + other.missed_codes,
+            self.rounded_scales + other.rounded_scales,
+            max(self.scale_error, other.scale_error),
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether a repacked row is not exactly its source."""
+        return bool(self.missed_rows or self.rounded_scales)
+
+
+ALL_EXACT = Inexact()
+
 
 # (checkpoint dtype, GGUF type) whose bytes are the same
 VERBATIM = {("BF16", GgmlType.BF16), ("F16", GgmlType.F16), ("F32", GgmlType.F32)}
@@ -85,14 +120,14 @@ ENCODERS: dict[GgmlType, Callable[[F32Rows], ByteRows]] = {
 }
 
 
-def transform_rows(rows: Rows, dtype: str, kind: GgmlType) -> ByteRows:
-    """The bytes of `rows` in GGUF type `kind`; raises EncodeError for values without a place in it."""
-    if (dtype, kind) in VERBATIM:
+def transform_rows(rows: Rows, dtype: str, ggml_type: GgmlType) -> ByteRows:
+    """The bytes of `rows` in GGUF type `ggml_type`; raises EncodeError for values without a place in it."""
+    if (dtype, ggml_type) in VERBATIM:
         return rows.view(np.uint8)
-    return ENCODERS[kind](to_float32(rows, dtype))
+    return ENCODERS[ggml_type](to_float32(rows, dtype))
 
 
-def _block_scales(scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], Losses]:
+def _block_scales(scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], Inexact]:
     """The f16 scale of each row's blocks, and what rounding to it lost."""
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
@@ -102,33 +137,35 @@ def _block_scales(scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float1
     error = np.abs(half.astype(np.float64) - scale)
     rounded = error > 0
     worst = float((error[rounded] / np.abs(scale[rounded].astype(np.float64))).max()) if rounded.any() else 0.0
-    return half, Losses(len(scale), rounded_scales=int(rounded.sum()), scale_error=worst)
+    return half, Inexact(len(scale), rounded_scales=int(rounded.sum()), scale_error=worst)
 
 
-def _fill_blocks(ints: npt.NDArray[Any], scale: npt.NDArray[np.float32], kind: GgmlType) -> tuple[ByteRows, Losses]:
+def _fill_blocks(
+    ints: npt.NDArray[Any], scale: npt.NDArray[np.float32], ggml_type: GgmlType
+) -> tuple[ByteRows, Inexact]:
     """Blocks [n, K/32, bytes] behind their f16 scale."""
-    half, losses = _block_scales(scale)
+    half, inexact = _block_scales(scale)
     n, blocks, _ = ints.shape
-    out = np.empty((n, blocks, BLOCKS[kind][1]), np.uint8)
+    out = np.empty((n, blocks, BLOCKS[ggml_type][1]), np.uint8)
     out[:, :, :2] = half.view(np.uint8).reshape(n, 1, 2)
     out[:, :, 2:] = ints.view(np.uint8)
-    return out.reshape(n, -1), losses
+    return out.reshape(n, -1), inexact
 
 
-def ints_to_q8_0(values: ChannelInts) -> tuple[ByteRows, Losses]:
+def ints_to_q8_0(values: ChannelInts) -> tuple[ByteRows, Inexact]:
     """Exact but for the scale's rounding to f16."""
     n, k = values.q.shape
     return _fill_blocks(values.q.reshape(n, k // 32, 32), values.scale, GgmlType.Q8_0)
 
 
-def ints_to_q4_0(values: ChannelInts) -> tuple[ByteRows, Losses]:
+def ints_to_q4_0(values: ChannelInts) -> tuple[ByteRows, Inexact]:
     """Exact but for the scale's rounding to f16. Byte j of a block holds weight j (low nibble) and j + 16 (high)."""
     n, k = values.q.shape
     stored = (values.q + np.int8(8)).view(np.uint8).reshape(n, k // 32, 2, 16)
     return _fill_blocks(stored[:, :, 0] | stored[:, :, 1] << 4, values.scale, GgmlType.Q4_0)
 
 
-def channels_to_ccq2(values: CcqChannels) -> tuple[ByteRows, Losses]:
+def channels_to_ccq2(values: CcqChannels) -> tuple[ByteRows, Inexact]:
     """Baidu's rows as ccq2 rows: codes and group scales byte for byte, M and Z fitted to the affine code map."""
     n, quads = values.codes.shape
     if not (finite := np.isfinite(values.super_scale)).all():
@@ -138,7 +175,7 @@ def channels_to_ccq2(values: CcqChannels) -> tuple[ByteRows, Losses]:
     ccq2.write_headers(out, fit.m, fit.z, values.super_scale)
     out[:, ccq2.HEADER : ccq2.HEADER + quads] = values.codes
     out[:, ccq2.HEADER + quads :][:, : values.scales.shape[1]] = values.scales
-    return out, Losses(n, int(np.count_nonzero(fit.missed)), int(fit.missed.sum()))
+    return out, Inexact(n, int(np.count_nonzero(fit.missed)), int(fit.missed.sum()))
 
 
 def dequantize(values: Values) -> F32Rows:
@@ -156,15 +193,15 @@ def dequantize(values: Values) -> F32Rows:
     return out
 
 
-def encode_values(values: Values, kind: GgmlType) -> tuple[ByteRows, Losses]:
-    """The bytes of rows in GGUF type `kind`, and what an exact repack lost; raises EncodeError."""
+def encode_values(values: Values, ggml_type: GgmlType) -> tuple[ByteRows, Inexact]:
+    """The bytes of rows in GGUF type `ggml_type`, and what an exact repack lost; raises EncodeError."""
     if isinstance(values, FloatRows):
-        return transform_rows(values.rows, values.dtype, kind), NONE
+        return transform_rows(values.rows, values.dtype, ggml_type), ALL_EXACT
     if isinstance(values, ChannelInts):
-        if kind is GgmlType.Q8_0:
+        if ggml_type is GgmlType.Q8_0:
             return ints_to_q8_0(values)
-        if kind is GgmlType.Q4_0 and values.bits == 4:
+        if ggml_type is GgmlType.Q4_0 and values.bits == 4:
             return ints_to_q4_0(values)
-    elif kind is GgmlType.CCQ2:
+    elif ggml_type is GgmlType.CCQ2:
         return channels_to_ccq2(values)
-    return ENCODERS[kind](dequantize(values)), NONE
+    return ENCODERS[ggml_type](dequantize(values)), ALL_EXACT

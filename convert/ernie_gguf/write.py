@@ -19,9 +19,9 @@ from .checkpoint.shards import ShardReader
 from .checkpoint.storage import ROWS
 from .errors import EncodeError, OutputError
 from .gguf_file.reader import padded
-from .losses import NONE, Losses
-from .plan import Part, Plan, TensorPlan
-from .transform import VERBATIM, encode_values
+from .mapping import Part
+from .plan import Plan, TensorPlan
+from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values
 
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
 
@@ -44,7 +44,7 @@ class Piece:
 
 def _copied(part: Part, tensor: TensorPlan) -> bool:
     """Whether the bytes of the source are the bytes of the output."""
-    return part.source.packing is ROWS and (part.source.dtype, tensor.kind) in VERBATIM
+    return part.source.storage is ROWS and (part.source.dtype, tensor.ggml_type) in VERBATIM
 
 
 def data_nbytes(plan: Plan) -> int:
@@ -67,7 +67,7 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
     for tensor in plan.tensors:
         offset = starts[tensor.name]
         for part in tensor.parts:
-            step = part.source.packing.rows_at_once(part.source, _copied(part, tensor))
+            step = part.source.storage.rows_at_once(part.source, _copied(part, tensor))
             for row in range(part.row, part.row + part.rows, step):
                 piece = Piece(tensor, part, row, min(step, part.row + part.rows - row), offset)
                 offset += piece.nbytes
@@ -98,19 +98,19 @@ def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbyt
     return done
 
 
-def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Losses:
+def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
     source = piece.part.source
     if _copied(piece.part, piece.tensor):
         begin = source.main.offset + piece.row * piece.tensor.row_nbytes
         if _kernel_copy(reader.fd(source.main.path), begin, fd, piece.offset, piece.nbytes) == piece.nbytes:
-            return NONE
-    values = source.packing.read(reader, source, piece.row, piece.rows)
+            return ALL_EXACT
+    values = source.storage.read(reader, source, piece.row, piece.rows)
     try:
-        data, losses = encode_values(values, piece.tensor.kind)
+        data, inexact = encode_values(values, piece.tensor.ggml_type)
     except EncodeError as exc:
         raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
     pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
-    return losses
+    return inexact
 
 
 def write_tensors(
@@ -121,22 +121,22 @@ def write_tensors(
     progress: Progress,
     *,
     skip: Callable[[TensorPlan], bool] = lambda _: False,
-) -> dict[str, Losses]:
+) -> dict[str, Inexact]:
     """Write the tensors of a plan, but those to `skip`, to an open file whose data section begins at `data_offset`.
 
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
-    losses: dict[str, Losses] = {}
+    inexact: dict[str, Inexact] = {}
     with ShardReader() as reader, ThreadPoolExecutor(threads) as pool:
         reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
-        pending: deque[tuple[Piece, Future[Losses]]] = deque()
+        pending: deque[tuple[Piece, Future[Inexact]]] = deque()
 
         def finish() -> None:
             piece, future = pending.popleft()
             lost = future.result()
             if lost.rows:
-                losses[piece.tensor.name] = losses.get(piece.tensor.name, NONE) + lost
+                inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + lost
             progress(piece.nbytes)
 
         try:
@@ -151,7 +151,7 @@ def write_tensors(
         finally:
             for _, future in pending:
                 future.cancel()
-    return losses
+    return inexact
 
 
 _TEMPORARY = re.compile(r"\.ernie-gguf-(\d+)-[0-9a-f]{8}\.tmp")

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from ernie_gguf.ccq2 import encode
 from ernie_gguf.ccq2 import native as search
-from ernie_gguf.ccq2.code_maps import POOL
+from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.ccq2.encode import BOOKS, encode_rows, nearest, nearest_in_numpy, on_grid
 from ernie_gguf.ccq2.rows import codebook, dequantize_rows, unpack_rows
 from ernie_gguf.errors import Ccq2Error, EncodeError
@@ -82,9 +82,9 @@ def test_rows_take_the_map_that_suits_them() -> None:
     chosen = relative_error(w, dequantize_rows(encode_rows(w), 512))
     alone = []
     with pytest.MonkeyPatch.context() as patch:
-        for book, maps in zip(BOOKS, POOL, strict=True):
+        for book, maps in zip(BOOKS, CODE_MAPS, strict=True):
             patch.setattr(encode, "BOOKS", (book,))
-            patch.setattr(encode, "POOL", (maps,))
+            patch.setattr(encode, "CODE_MAPS", (maps,))
             got = dequantize_rows(encode_rows(w), 512)
             alone.append(((got - w) ** 2).sum(1))
     best = float(np.stack(alone).min(0).sum() / (w**2).sum())

@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from ernie_gguf.ccq2.rows import dequantize_rows
-from ernie_gguf.checkpoint import storage as packing
+from ernie_gguf.checkpoint import storage
 from ernie_gguf.checkpoint.config import parse_config
 from ernie_gguf.checkpoint.shards import TensorHeader
 from ernie_gguf.convert import Result, prepare, run
 from ernie_gguf.errors import EncodeError, PlanError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor, read_gguf
-from ernie_gguf.losses import Losses
 from ernie_gguf.plan import Plan, make_plan
+from ernie_gguf.transform import Inexact
 from support.checkpoints import Spec, Stored, config, make, store, stored
 from support.paddle import (
     INT4_END,
@@ -145,13 +145,13 @@ def test_two_bits_is_repacked_exactly(two_bits: tuple[Path, Quantized], tmp_path
     for tensor in file.tensors:
         got, want = dequantized(file, tensor), meant(made, TWO_BITS, tensor.name)
         differing = np.flatnonzero((got != want).any(1))
-        losses = result.losses.get(tensor.name, Losses())
-        assert len(differing) <= losses.missed_rows, tensor.name
-        assert losses.rounded_scales == 0
-        missed += losses.missed_rows
+        inexact = result.inexact.get(tensor.name, Inexact())
+        assert len(differing) <= inexact.missed_rows, tensor.name
+        assert inexact.rounded_scales == 0
+        missed += inexact.missed_rows
     assert missed <= 3  # of 12,288 rows; 0.04 % miss
     assert (
-        sum(losses.rows for losses in result.losses.values()) == 12288 + 6144 + 4864
+        sum(inexact.rows for inexact in result.inexact.values()) == 12288 + 6144 + 4864
     )  # experts of two layers, of one; dense linears
     assert file.metadata["general.file_type"] == 180
     assert file.metadata["ernie_gguf.ccq.layout"] == 1
@@ -178,7 +178,7 @@ def test_absent_super_scales_mean_one(tmp_path: Path) -> None:
 def test_two_bits_to_floats(two_bits: tuple[Path, Quantized], tmp_path: Path, outtype: str) -> None:
     source, made = two_bits
     file, result = convert(source, tmp_path / "out.gguf", outtype)
-    assert result.losses == {}
+    assert result.inexact == {}
     for name in ("blk.0.ffn_down.weight", "blk.1.ffn_gate_exps.weight", "blk.3.ffn_up_exps.weight"):
         tensor = next(tensor for tensor in file.tensors if tensor.name == name)
         want = meant(made, TWO_BITS, name)
@@ -192,8 +192,8 @@ def test_pieces_and_threads_do_not_matter(
     from ernie_gguf.checkpoint import paddle_int
 
     convert(two_bits[0], tmp_path / "a.gguf", threads=1)
-    monkeypatch.setattr(packing, "COLUMN_BYTES", 10_000)
-    monkeypatch.setattr(packing, "TRANSFORM_BYTES", 10_000)
+    monkeypatch.setattr(storage, "COLUMN_BYTES", 10_000)
+    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)
     monkeypatch.setattr(ccq_paddle, "_PIECE_BYTES", 5_000)
     monkeypatch.setattr(paddle_int, "_PIECE_BYTES", 5_000)
     convert(two_bits[0], tmp_path / "b.gguf", threads=4)
@@ -209,9 +209,9 @@ def test_a_scale_beyond_f16_is_reported_or_refused(tmp_path: Path) -> None:
     scale[7] = 2.0**-20 * 1.0078125  # f16's smallest numbers are 2^-24 apart: 16.125 of them
     write(tmp_path / "small", values, made.tensors | {name: store(scale, "BF16")})
     _, result = convert(tmp_path / "small", tmp_path / "out.gguf")
-    losses = result.losses["blk.0.attn_output.weight"]
-    assert (losses.rows, losses.missed_rows, losses.rounded_scales) == (256, 0, 1)
-    assert losses.scale_error == 0.125 / 16.125
+    inexact = result.inexact["blk.0.attn_output.weight"]
+    assert (inexact.rows, inexact.missed_rows, inexact.rounded_scales) == (256, 0, 1)
+    assert inexact.scale_error == 0.125 / 16.125
     scale[7] = 70000
     write(tmp_path / "large", values, made.tensors | {name: store(scale, "BF16")})
     with pytest.raises(EncodeError, match=r"o_proj.quant_weight: row 7, .* scale 70144 is no finite f16, up to 65504$"):
@@ -281,5 +281,7 @@ def test_quantized_tensors_need_a_quantization_config() -> None:
 def test_pt_headers_of_the_same_weights_have_the_same_plan() -> None:
     made = make_plan(parse_config(config(SPEC)), headers(stored(SPEC)), Outtype.AUTO)
     paddle = make_plan(parse_config(config(SPEC)), headers(plain(SPEC)), Outtype.AUTO)
-    assert [(t.name, t.shape, t.kind) for t in made.tensors] == [(t.name, t.shape, t.kind) for t in paddle.tensors]
+    assert [(t.name, t.shape, t.ggml_type) for t in made.tensors] == [
+        (t.name, t.shape, t.ggml_type) for t in paddle.tensors
+    ]
     assert sum(prod(t.shape) for t in made.tensors) == sum(prod(t.shape) for t in paddle.tensors)

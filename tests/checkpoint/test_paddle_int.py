@@ -1,4 +1,4 @@
-"""Paddle's int8 and int4 packing: tiles typed by hand, the op's results kept in a file, the op where installed."""
+"""Paddle's int8 and int4 storage: tiles typed by hand, the op's results kept in a file, the op where installed."""
 
 import numpy as np
 import pytest

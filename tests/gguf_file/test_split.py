@@ -17,7 +17,7 @@ from ernie_gguf.errors import GgufError, OutputError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.gguf_file.split import parse_size, sibling_paths, split_paths, split_sizes
-from ernie_gguf.losses import Losses
+from ernie_gguf.transform import Inexact
 from gguf import GGUFReader
 from support.checkpoints import EXAMPLE
 from support.paddle import TWO_BITS, make_two_bits
@@ -123,7 +123,7 @@ def test_reading_asks_for_the_first_file_and_all_others(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_piece = execute._write_piece
 
-    def fail_late(*args: object) -> Losses:
+    def fail_late(*args: object) -> Inexact:
         if args[2].tensor.name == "output_norm.weight":  # type: ignore[attr-defined]  # a Piece
             raise OSError(28, "No space left on device")
         return write_piece(*args)  # type: ignore[arg-type]  # as it was called

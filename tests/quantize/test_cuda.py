@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="the extra `quantize` is not install
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
-from ernie_gguf.ccq2.code_maps import POOL  # noqa: E402
+from ernie_gguf.ccq2.code_maps import CODE_MAPS  # noqa: E402
 from ernie_gguf.ccq2.rows import dequantize_rows  # noqa: E402
 from ernie_gguf.convert import prepare  # noqa: E402
 from ernie_gguf.gguf_file.outtype import Outtype  # noqa: E402
@@ -52,7 +52,7 @@ def test_matrices_cost_the_same_as_on_the_cpu() -> None:
     w, h = torch.randn(2, 64, 512), (x.T @ x).expand(2, -1, -1)
     costs = {}
     for device in ("cpu", "cuda"):
-        pipeline = Pipeline(make_books(POOL[:4], device), kernels_for(device))
+        pipeline = Pipeline(make_books(CODE_MAPS[:4], device), kernels_for(device))
         costs[device] = pipeline.encode(w.to(device), h.to(device)).cost.sum().item()
     assert costs["cuda"] == pytest.approx(costs["cpu"], rel=1e-3)  # near ties fall differently
 

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 from ernie_gguf import cli
 from ernie_gguf.ccq2.fit import fit_codes
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.checkpoint.quantized import STORAGES
+from ernie_gguf.checkpoint.shards import ShardReader, TensorHeader
+from ernie_gguf.checkpoint.storage import COLUMNS, FIRST_ROW, ROWS, Source
+from ernie_gguf.convert import prepare, read_checkpoint, run
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
+from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
+from ernie_gguf.verify import decode
 from ernie_gguf.verify.compare import Verdict
 from support.checkpoints import EXAMPLE, Spec, make, store
 from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_kind, write
@@ -28,7 +33,8 @@ def convert(source: Path, outfile: Path, outtype: str = "auto") -> Path:
 
 
 def verdicts(source: Path, file: Path) -> dict[str, Verdict]:
-    found = verify.verify(prepare(source, Outtype.F32), read_gguf(file), threads=2, progress=lambda _: None)
+    mapped = map_tensors(*read_checkpoint(source))
+    found = verify.verify(mapped, read_gguf(file), threads=2, progress=lambda _: None)
     return {verdict.name: verdict for verdict in found}
 
 
@@ -47,7 +53,7 @@ def test_an_exact_repack_is_exact(two_bits: tuple[Path, Path]) -> None:
     found = verdicts(*two_bits)
     assert {verdict.finding.wrong + verdict.finding.explained for verdict in found.values()} == {0}
     assert {verdict.exact for verdict in found.values()} == {True}
-    kinds = {(verdict.source, verdict.kind) for verdict in found.values()}
+    kinds = {(verdict.source, verdict.type_name) for verdict in found.values()}
     assert kinds == {
         *(("BF16", "bf16"), ("BF16", "f32"), ("F32", "f32")),
         *(("wint8", "q8_0"), ("wint4", "q4_0"), ("ccq wint2", "ccq2")),
@@ -55,6 +61,23 @@ def test_an_exact_repack_is_exact(two_bits: tuple[Path, Path]) -> None:
     assert sum(verdict.finding.values for verdict in found.values()) == sum(
         tensor.elements for tensor in read_gguf(two_bits[1]).tensors
     )
+
+
+def test_every_storage_has_a_decoder_of_its_own_here_and_a_type_that_holds_it() -> None:
+    storages = [*STORAGES.values(), ROWS, COLUMNS, FIRST_ROW]
+    assert {storage.name for storage in storages} == decode.DECODERS.keys()
+    for storage in STORAGES.values():
+        assert storage.quantized and set(storage.exact) <= decode.GGUF_DECODERS.keys()
+        assert storage.native is None or storage.native in storage.exact
+
+
+def test_an_unknown_storage_is_an_error_and_never_read_as_plain_rows() -> None:
+    class Unknown(type(ROWS)):  # type: ignore[misc]
+        name = "wint3"
+
+    header = TensorHeader("w", "BF16", (1, 1), Path("shard"), 0, 2)
+    with pytest.raises(KeyError, match="wint3"), ShardReader() as reader:
+        decode.source_rows(reader, Source(Unknown(), {"weight": header}), 0, 1)
 
 
 @pytest.mark.parametrize("outtype", ["f32", "bf16", "f16", "q8_0", "q4_0", "ccq2"])

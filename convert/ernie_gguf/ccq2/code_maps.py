@@ -6,7 +6,7 @@ rows of 512 the best of 16 has a relative error of .1026, the first alone .1088.
 """
 
 # (M, Z): byte b stands for the 15-bit code (b*M + Z) mod 2^32 >> 17
-POOL: tuple[tuple[int, int], ...] = (
+CODE_MAPS: tuple[tuple[int, int], ...] = (
     (15853988, 162772864),
     (15854200, 104768176),
     (15854556, 145604437),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import EncodeError
 from ..gguf_file.types import ccq2_row_size
 from . import native as search
-from .code_maps import POOL
+from .code_maps import CODE_MAPS
 from .rows import GROUP, Ccq2Rows, codebook, pack_rows
 
 BOOK_RMS = 16.5  # a Gaussian group of rms r is met best with r/16.5 per codebook step
@@ -54,7 +54,7 @@ def _book(m: int, z: int) -> Book:
     return Book(m, z, words, np.concatenate([words, halves], 1).astype(np.float32))
 
 
-BOOKS = tuple(_book(m, z) for m, z in POOL)
+BOOKS = tuple(_book(m, z) for m, z in CODE_MAPS)
 
 
 def on_grid(y: F64) -> F32:
@@ -169,7 +169,7 @@ def _encode_block(w: F32) -> U8:
     # One spelling of "64 zeros": code bytes 0 under scale 0.
     codes = np.where(np.repeat(scales, GROUP // 4, axis=1) > 0, codes, 0).astype(np.uint8)
     d = np.where(live, _half_shrink(wide, value, d), 0).astype(np.float32)
-    m, z = np.array(POOL, np.uint32)[member].T
+    m, z = np.array(CODE_MAPS, np.uint32)[member].T
     return pack_rows(Ccq2Rows(m, z, d, codes, scales))
 
 

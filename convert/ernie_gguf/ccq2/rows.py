@@ -1,4 +1,4 @@
-"""The ccq2 row (docs/formats.md): layout, packing and decoding. See `encode` for choosing the codes.
+"""The ccq2 row (docs/formats.md): layout, storage and decoding. See `encode` for choosing the codes.
 
 A row of K weights is `16 + K/4 + 16*ceil(K/2048)` bytes, little-endian: M, Z, d, a zero word, one code byte per four
 weights, one 4-bit scale per group of 64 weights (even group in the high nibble), zero padding.

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import PlanError
 from .config import ErnieConfig
-from .paddle_ccq import CCQ2
-from .paddle_fp8 import block_fp8
-from .paddle_int import INT4, INT8
+from .quantized import STORAGES
 from .shards import TensorHeader
-from .storage import COLUMNS, FIRST_ROW, ROWS, Packing, Source
+from .storage import COLUMNS, FIRST_ROW, ROWS, Source, Storage
 
 # Tensors that llama.cpp has no use for. (pattern, reason)
 DROPPED: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -59,16 +57,15 @@ def _reason_to_drop(name: str, config: ErnieConfig) -> str | None:
     return None
 
 
-def _quantized_packing(module: str, name: str, config: ErnieConfig) -> Packing:
+def _quantized_storage(module: str, name: str, config: ErnieConfig) -> Storage:
     """How a module with a `quant_weight` is stored, by config.json."""
     layer = _LAYER.match(module + ".")
     if config.quant is None:
         raise PlanError(f"tensor {name}: quantized, but config.json has no quantization_config that says how")
-    kind = config.quant.of(int(layer[1][:9]) if layer else 0, ".mlp.experts." in module)
-    packings = {"wint8": INT8, "wint4": INT4, "wint2": CCQ2, "block_wise_fp8": block_fp8(config.quant.block)}
-    if kind not in packings:
-        raise PlanError(f"tensor {name}: quantized, but quantization_config says {kind} for it")
-    return packings[kind]
+    quant_type = config.quant.of(int(layer[1][:9]) if layer else 0, ".mlp.experts." in module)
+    if quant_type not in STORAGES:
+        raise PlanError(f"tensor {name}: quantized, but quantization_config says {quant_type} for it")
+    return STORAGES[quant_type].of_block(config.quant.block)
 
 
 def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
@@ -83,21 +80,21 @@ def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
     paddle = any(name.startswith("ernie.") for name in kept)
     if paddle and (other := next((name for name in kept if name.startswith("model.")), None)):
         raise PlanError(f"tensor {other}: a -PT name among Paddle names (ernie.…): two checkpoints in one folder?")
-    grouped: dict[str, tuple[Packing, dict[str, TensorHeader]]] = {}
+    grouped: dict[str, tuple[Storage, dict[str, TensorHeader]]] = {}
     for name, header in kept.items():
         canonical = "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
         if paddle and (quantized := _QUANTIZED.fullmatch(canonical)):
             module, part = quantized.groups()
-            packing = grouped[module][0] if module in grouped else _quantized_packing(module, name, config)
-            grouped.setdefault(module, (packing, {}))[1][part] = _raw_bf16(header, paddle)
+            storage = grouped[module][0] if module in grouped else _quantized_storage(module, name, config)
+            grouped.setdefault(module, (storage, {}))[1][part] = _raw_bf16(header, paddle)
             continue
         out.sources[canonical] = Source(
-            _float_packing(canonical, paddle, config), {"weight": _raw_bf16(header, paddle)}
+            _float_storage(canonical, paddle, config), {"weight": _raw_bf16(header, paddle)}
         )
-    for module, (packing, parts) in grouped.items():
+    for module, (storage, parts) in grouped.items():
         if f"{module}.weight" in out.sources:
             raise PlanError(f"tensor {next(iter(parts.values())).name}: {module} has both a weight and a quant_weight")
-        out.sources[f"{module}.weight"] = Source(packing, parts)
+        out.sources[f"{module}.weight"] = Source(storage, parts)
     return out
 
 
@@ -106,7 +103,7 @@ def _raw_bf16(header: TensorHeader, paddle: bool) -> TensorHeader:
     return replace(header, dtype="BF16") if paddle and header.dtype == "U16" else header
 
 
-def _float_packing(canonical: str, paddle: bool, config: ErnieConfig) -> Packing:
+def _float_storage(canonical: str, paddle: bool, config: ErnieConfig) -> Storage:
     vl = config.vision_experts is not None
     if vl and canonical.endswith(".mlp.moe_statics.e_score_correction_bias"):
         return FIRST_ROW

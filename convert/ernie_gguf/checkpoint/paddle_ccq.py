@@ -8,14 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .shards import ShardReader
-from .storage import FLOATS, Field, Packing, Source, columns_at_once, read_vector, vector_field
+from .storage import FLOATS, Field, Source, Storage, columns_at_once, read_vector, vector_field
 from .values import F32, CcqChannels, Values, transposed
 
 _PIECE_BYTES = 8 << 20  # of code bytes
 
 
-class _Ccq2(Packing):
+class _Ccq2(Storage):
     name = "ccq wint2"
+    native = "ccq2"
+    exact = ("ccq2", "f32")
     main = "quant_weight"
     k_multiple = 128
 
@@ -44,4 +46,4 @@ class _Ccq2(Packing):
         )
 
 
-CCQ2: Packing = _Ccq2()
+CCQ2: Storage = _Ccq2()

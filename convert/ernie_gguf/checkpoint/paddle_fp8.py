@@ -1,11 +1,11 @@
 """Block-wise FP8 of Paddle checkpoints: e4m3 bytes [K, N], one float32 scale per block of (usually) 128 x 128."""
 
-from functools import cache
+from dataclasses import dataclass
 
 import numpy as np
 
 from .shards import ShardReader
-from .storage import Field, Packing, Source, columns_at_once
+from .storage import Field, Source, Storage, columns_at_once
 from .values import F32, FloatRows, Values, to_float32, transposed
 
 _PIECE_BYTES = 4 << 20
@@ -23,14 +23,18 @@ def _e4m3_values() -> F32:
 E4M3 = _e4m3_values()
 
 
-class _BlockFp8(Packing):
+@dataclass(frozen=True)
+class _BlockFp8(Storage):
     """`block` is how many of N and how many of K share a scale, in the order of config.json's weight_block_size."""
 
+    block: tuple[int, int] = (128, 128)
+
     name = "block-wise fp8"
+    exact = ("f32",)
     main = "quant_weight"
 
-    def __init__(self, block: tuple[int, int]) -> None:
-        self.block = block
+    def of_block(self, block: tuple[int, int]) -> Storage:
+        return _BlockFp8(block)
 
     def fields(self, n: int, k: int) -> dict[str, Field]:
         block_n, block_k = self.block
@@ -48,13 +52,10 @@ class _BlockFp8(Packing):
         header = source.tensors["weight_scale"]
         block_n, block_k = self.block
         scales = to_float32(reader.read_all(header), header.dtype).reshape(header.shape)  # [K/128, N/128]
-        mine = scales[:, (row + np.arange(rows)) // block_n]  # [K/128, n]
+        block_scales = scales[:, (row + np.arange(rows)) // block_n]  # [K/128, n]
         weights = E4M3[transposed(stored)]  # [n, K]
-        weights *= np.repeat(mine.T, block_k, axis=1)[:, : weights.shape[1]]
+        weights *= np.repeat(block_scales.T, block_k, axis=1)[:, : weights.shape[1]]
         return FloatRows(weights, "F32")
 
 
-@cache
-def block_fp8(block: tuple[int, int]) -> Packing:
-    """The packing for one block size; the same object for the same size."""
-    return _BlockFp8(block)
+BLOCK_FP8: Storage = _BlockFp8()

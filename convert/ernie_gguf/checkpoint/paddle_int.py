@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .shards import ShardReader
-from .storage import FLOATS, Field, Packing, Source, read_vector, vector_field
+from .storage import FLOATS, Field, Source, Storage, read_vector, vector_field
 from .values import U8, ChannelInts, Values
 
 _TILE = 64
@@ -44,7 +44,7 @@ def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
     return (out.view(np.int8) - np.int8(8)).reshape(n, 2 * half)
 
 
-class _ChannelInt(Packing):
+class _ChannelInt(Storage):
     """What the two have in common."""
 
     main = "quant_weight"
@@ -75,6 +75,8 @@ class _ChannelInt(Packing):
 
 class _Int8(_ChannelInt):
     name = "wint8"
+    native = "q8_0"
+    exact = ("q8_0", "f32")
     bits = 8
     row_multiple = 2
 
@@ -84,6 +86,8 @@ class _Int8(_ChannelInt):
 
 class _Int4(_ChannelInt):
     name = "wint4"
+    native = "q4_0"
+    exact = ("q4_0", "q8_0", "f32")
     bits = 4
     row_multiple = 4
 
@@ -91,5 +95,5 @@ class _Int4(_ChannelInt):
         return unpack_int4(stored)
 
 
-INT8: Packing = _Int8()
-INT4: Packing = _Int4()
+INT8: Storage = _Int8()
+INT4: Storage = _Int4()

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from .json_object import shown
+from .quantized import STORAGES
 
-# What a module may be stored as; "bf16" stands for every float.
-KNOWN = ("bf16", "wint8", "wint4", "block_wise_fp8")
+# What experts may be stored as, "bf16" standing for every float; only they come in two bits.
+EXPERT_TYPES = ("bf16", *STORAGES)
+DENSE_TYPES = tuple(name for name in EXPERT_TYPES if name != "wint2")
 _SPELLINGS = {"weight_only_int8": "wint8", "weight_only_int4": "wint4", "w4w2": "wint2"}
 
 # Why others cannot be read: what is not public, or cannot be had without the engine.
@@ -159,8 +161,8 @@ def parse_quant_config(values: object, layers: int, where: str = "config.json") 
         raise ConfigError(
             f"{where}: expected quantization, or dense_quant_type and moe_quant_type, found {sorted(values)}"
         )
-    _check_type(reader, "moe_quant_type", experts, (*KNOWN, "wint2"))
-    _check_type(reader, "dense_quant_type", dense, KNOWN)
+    _check_type(reader, "moe_quant_type", experts, EXPERT_TYPES)
+    _check_type(reader, "dense_quant_type", dense, DENSE_TYPES)
     block = values.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b <= 1 << 16 for b in block)):
         raise reader.error("weight_block_size", "two positive integers")

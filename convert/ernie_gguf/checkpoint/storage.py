@@ -1,7 +1,7 @@
-"""Packings: how a checkpoint stores one matrix or vector. Knows names of fields and their shapes; nothing of GGUF.
+"""How a checkpoint stores one matrix or vector. Knows names of fields and their shapes; nothing of GGUF files.
 
 A `Source` is one logical [N, K] matrix (or vector of K) under its canonical name, with the tensors that make it up.
-Its packing says what shapes they must have and reads any range of the N rows.
+Its storage says what shapes they must have and reads any range of the N rows.
 """
 
 from abc import ABC, abstractmethod
@@ -35,14 +35,25 @@ def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS, optional: bool = Fals
     return Field(((n,), (1, n), (n, 1)), dtypes, optional)
 
 
-class Packing(ABC):
-    """One way of storing a matrix."""
+# dtype of floats -> ggml types that hold them exactly
+_EXACT_FLOATS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
+
+
+class Storage(ABC):
+    """One way of storing a matrix. A new one is a subclass, a line in `quantized.STORAGES`, a decoder for verify."""
 
     name: str
+    native: str | None = None  # the ggml type to which `auto` repacks it without quantizing again
+    exact: tuple[str, ...] = ()  # ggml types that hold its values exactly; of floats the dtype decides
     main: str = "weight"  # the field that holds the bulk
     row_multiple: int = 1  # rows that are stored entangled: N must be a multiple
     k_multiple: int = 1
     block: tuple[int, int] = (1, 1)  # of N and of K that share a scale, where that is not a row
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds integers or codes with scales, not floats."""
+        return bool(self.exact)
 
     @abstractmethod
     def fields(self, n: int, k: int) -> dict[str, Field]:
@@ -56,6 +67,10 @@ class Packing(ABC):
     def read(self, reader: ShardReader, source: "Source", row: int, rows: int) -> Values:
         """Rows `row` … `row + rows`."""
 
+    def of_block(self, block: tuple[int, int]) -> "Storage":
+        """This storage where config.json says that `block` rows and columns share a scale."""
+        return self
+
     @abstractmethod
     def rows_at_once(self, source: "Source", copied: bool) -> int:
         """Rows of a piece whose memory is bounded; `copied` if the bytes are not touched."""
@@ -63,25 +78,35 @@ class Packing(ABC):
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix or vector of the checkpoint. `tensors` maps the packing's field names to headers."""
+    """A matrix or vector of the checkpoint. `tensors` maps the storage's field names to headers."""
 
-    packing: Packing
+    storage: Storage
     tensors: Mapping[str, TensorHeader]
 
     @property
     def main(self) -> TensorHeader:
         """The tensor that holds the bulk."""
-        return self.tensors[self.packing.main]
+        return self.tensors[self.storage.main]
 
     @property
     def name(self) -> str:
         """The checkpoint's own name of it."""
-        return self.tensors.get(self.packing.main, next(iter(self.tensors.values()))).name
+        return self.tensors.get(self.storage.main, next(iter(self.tensors.values()))).name
 
     @property
     def dtype(self) -> str:
         """The dtype of its bulk."""
         return self.main.dtype
+
+    @property
+    def label(self) -> str:
+        """How it is stored, for people: the dtype of floats, else the storage's name."""
+        return self.storage.name if self.storage.quantized else self.dtype
+
+    @property
+    def exact_types(self) -> tuple[str, ...]:
+        """The ggml types that hold its values exactly."""
+        return self.storage.exact or _EXACT_FLOATS[self.dtype]
 
     @property
     def paths(self) -> set[Path]:
@@ -92,27 +117,27 @@ class Source:
 def problem_of(source: Source, shape: Shape) -> str | None:
     """What is wrong with a source that should be [N, K] or [K], if anything: one sentence."""
     n, k = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
-    packing = source.packing
-    if packing.main not in source.tensors:
-        return f"tensor {source.name}: its {packing.main} is missing"
-    if n % packing.row_multiple or k % packing.k_multiple:
+    storage = source.storage
+    if storage.main not in source.tensors:
+        return f"tensor {source.name}: its {storage.main} is missing"
+    if n % storage.row_multiple or k % storage.k_multiple:
         return (
-            f"tensor {source.name}: {n} rows of {k} weights cannot be {packing.name}, which needs multiples of "
-            f"{packing.row_multiple} and {packing.k_multiple}"
+            f"tensor {source.name}: {n} rows of {k} weights cannot be {storage.name}, which needs multiples of "
+            f"{storage.row_multiple} and {storage.k_multiple}"
         )
-    fields = packing.fields(n, k) if len(shape) == 2 else packing.vector_fields(k)
+    fields = storage.fields(n, k) if len(shape) == 2 else storage.vector_fields(k)
     for name, field in fields.items():
         header = source.tensors.get(name)
         if header is None:
             if field.optional:
                 continue
-            missing = source.name.removesuffix(packing.main) + name
-            return f"tensor {missing} is missing: {source.name} is {packing.name} and needs it"
+            missing = source.name.removesuffix(storage.main) + name
+            return f"tensor {missing} is missing: {source.name} is {storage.name} and needs it"
         if header.shape not in field.shapes:
             expected = list(field.shapes[0])
             problem = f"tensor {header.name}: expected shape {expected} from config.json, found {list(header.shape)}"
             part = prod(expected) / max(1, prod(header.shape))
-            split = packing.main == "quant_weight" and part in (2, 4, 8)
+            split = storage.main == "quant_weight" and part in (2, 4, 8)
             return problem + (f": 1/{part:.0f} of it, a part of a repository split for several GPUs?" if split else "")
         if header.dtype not in field.dtypes:
             return f"tensor {header.name}: expected dtype {' or '.join(field.dtypes)}, found {header.dtype}"
@@ -124,7 +149,7 @@ def read_vector(reader: ShardReader, header: TensorHeader, row: int, rows: int) 
     return to_float32(reader.read_all(header)[row : row + rows], header.dtype)
 
 
-class _Rows(Packing):
+class _Rows(Storage):
     """Floats as PyTorch stores them, [N, K]."""
 
     name = "rows"
@@ -139,7 +164,7 @@ class _Rows(Packing):
         return max(1, (COPY_BYTES if copied else TRANSFORM_BYTES) // source.main.row_nbytes)
 
 
-class _Columns(Packing):
+class _Columns(Storage):
     """Floats as Paddle's Linear stores them, [K, N]."""
 
     name = "columns"
@@ -169,6 +194,6 @@ def columns_at_once(header: TensorHeader, nbytes: int) -> int:
     return max(64, nbytes // per_column // 64 * 64)
 
 
-ROWS: Packing = _Rows()
-COLUMNS: Packing = _Columns()
-FIRST_ROW: Packing = _FirstRow()
+ROWS: Storage = _Rows()
+COLUMNS: Storage = _Columns()
+FIRST_ROW: Storage = _FirstRow()

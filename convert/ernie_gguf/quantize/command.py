@@ -154,13 +154,12 @@ def _settings(device: Device | None, threads: int, maps: int) -> Settings:
 
 
 def _summary(job: Job, text: Calibration, settings: Settings, result: Result) -> QuantizeSummary:
-    from ..plan import is_expert  # noqa: PLC0415
     from .report import QuantizeSummary  # noqa: PLC0415
 
     def bits(tensors: list[TensorPlan]) -> float:
         return round(8 * sum(tensor.nbytes for tensor in tensors) / sum(tensor.elements for tensor in tensors), 4)
 
-    experts = [tensor for tensor in job.plan.tensors if is_expert(tensor)]
+    experts = [tensor for tensor in job.plan.tensors if tensor.is_expert]
     return QuantizeSummary(
         path=result.path,
         nbytes=result.nbytes,

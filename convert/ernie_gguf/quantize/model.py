@@ -19,7 +19,8 @@ from ..checkpoint.config import ErnieConfig
 from ..checkpoint.shards import ShardReader
 from ..checkpoint.values import FloatRows, Values
 from ..errors import EncodeError
-from ..plan import Part, Plan
+from ..mapping import Part
+from ..plan import Plan
 from ..transform import dequantize
 
 _NORM_MIN = 1e-12  # moe_norm_min of every released checkpoint: weights of no size at all are not divided by 0
@@ -50,7 +51,7 @@ class Weights:
         return name in self._tensors
 
     def _read(self, part: Part, row: int, rows: int) -> torch.Tensor:
-        return _widened(part.source.packing.read(self._reader, part.source, part.row + row, rows), self._device)
+        return _widened(part.source.storage.read(self._reader, part.source, part.row + row, rows), self._device)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, in its shape."""

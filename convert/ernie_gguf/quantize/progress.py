@@ -11,7 +11,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from ..convert import Job
-from ..plan import is_expert
 from .run import Listener, Step
 
 
@@ -50,7 +49,7 @@ class Tally:
 @contextmanager
 def display(job: Job) -> Iterator[Listener]:
     """A listener for `run.quantize`."""
-    tally = Tally(sum(tensor.elements for tensor in job.plan.tensors if is_expert(tensor)), job.config.layers)
+    tally = Tally(sum(tensor.elements for tensor in job.plan.tensors if tensor.is_expert), job.config.layers)
     if not sys.stderr.isatty():
         yield _lines(tally, job.config.moe.experts if job.config.moe else 0)
         return

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ccq2.code_maps import POOL
+from ..ccq2.code_maps import CODE_MAPS
 from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
-from ..checkpoint.storage import COLUMNS, FIRST_ROW, ROWS
 from ..convert import Job, header, model_name
 from ..errors import ErnieGgufError, OutputError
-from ..plan import is_expert
 from ..write import check_output, data_nbytes, offsets, pwrite, write_tensors
 from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
@@ -77,9 +75,9 @@ def check_source(job: Job) -> None:
         )
     for tensor in job.plan.tensors:
         for part in tensor.parts:
-            if part.source.packing not in (ROWS, COLUMNS, FIRST_ROW):
+            if part.source.storage.quantized:
                 raise QuantizeError(
-                    f"{job.source}: is quantized already: {part.source.name} is {part.source.packing.name}; expected "
+                    f"{job.source}: is quantized already: {part.source.name} is {part.source.storage.name}; expected "
                     "a BF16, F16 or F32 checkpoint. To run it as it is, use convert"
                 )
 
@@ -92,7 +90,7 @@ def _fingerprint(job: Job, chunks: np.ndarray[Any, Any], settings: Settings) -> 
     paths = {path for tensor in job.plan.tensors for part in tensor.parts for path in part.source.paths}
     paths |= {path for path in job.source.iterdir() if path.suffix in (".json", ".model")}
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-    kinds = [(tensor.name, tensor.shape, tensor.kind.name) for tensor in job.plan.tensors]
+    kinds = [(tensor.name, tensor.shape, tensor.ggml_type.name) for tensor in job.plan.tensors]
 
     def digest(value: object) -> str:
         return hashlib.sha256(repr(value).encode()).hexdigest()
@@ -134,7 +132,7 @@ class _Run:
         self.weights = Weights(job.plan, reader, settings.device)
         self.work = work
         self.workers = workers
-        books = make_books(POOL[: settings.maps], settings.device)
+        books = make_books(CODE_MAPS[: settings.maps], settings.device)
         kernels = kernels_for(settings.device)
         self.pipeline = Pipeline(books, workers.stoppable(kernels), settings.passes, settings.damping)
 
@@ -271,7 +269,14 @@ def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener
         work.begin_model(writer, data_nbytes(job.plan))
     with work.open_model() as fd:
         if work.done == 0:
-            write_tensors(job.plan, fd, work.data_offset, run.settings.threads, lambda _: None, skip=is_expert)
+            write_tensors(
+                job.plan,
+                fd,
+                work.data_offset,
+                run.settings.threads,
+                lambda _: None,
+                skip=lambda tensor: tensor.is_expert,
+            )
             _embed(run, chunks, work.activations(0, shape, new=True))
         else:
             listen(Step(work.done - 1, None, tuple(work.stats)))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..ccq2.code_maps import POOL
+from ..ccq2.code_maps import CODE_MAPS
 from .encoder import PASSES
 from .kernels import CompiledKernels
 from .metric import DAMPING
@@ -14,7 +14,7 @@ class Settings:
 
     device: str
     threads: int
-    maps: int = len(POOL)
+    maps: int = len(CODE_MAPS)
     passes: int = PASSES
     damping: float = DAMPING
 

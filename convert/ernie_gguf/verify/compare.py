@@ -1,6 +1,6 @@
 """`ernie-gguf verify`: every weight of a GGUF against the checkpoint it was made from, decoded by another path.
 
-Which source belongs to which tensor is the plan's; every value is decoded anew by `decode`. A tensor is exact, or
+The mapping says which source belongs to which tensor; `decode` decodes every value anew. A tensor is exact, or
 differs by no more than its type explains, or is a mismatch.
 """
 
@@ -13,25 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.shards import ShardReader
-from ..convert import Job
 from ..gguf_file.reader import GgufFile, GgufTensor
-from ..plan import Part, TensorPlan
+from ..mapping import MappedTensor, Part, TensorMap
 from . import decode
 
 F32 = npt.NDArray[np.float32]
 _CHUNK_VALUES = 4 << 20  # weights compared at once: some ten float32 and int64 arrays of that size per thread
+_NONE = np.float32(0)
+Tolerance = F32 | np.float32  # of each value, or of all
 _SEARCH = 64  # how far around code_scale * 2^17 an exact M is looked for before a missed code counts as explained
-
-# (packing or dtype of the source, GGUF type) that hold the same values
-_EXACT = {
-    *(("BF16", kind) for kind in ("bf16", "f32")),
-    *(("F16", kind) for kind in ("f16", "f32")),
-    ("F32", "f32"),
-    *(("wint8", kind) for kind in ("q8_0", "f32")),
-    *(("wint4", kind) for kind in ("q4_0", "q8_0", "f32")),
-    *(("ccq wint2", kind) for kind in ("ccq2", "f32")),
-    ("block-wise fp8", "f32"),
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Verdict:
 
     name: str
     source: str
-    kind: str
+    type_name: str
     exact: bool
     finding: Finding
 
@@ -80,19 +70,13 @@ class Verdict:
         return not self.finding.wrong and not self.finding.problem
 
 
-def _source_kind(part: Part) -> str:
-    """BF16, F16, F32 or the name of the packing."""
-    name = part.source.packing.name
-    return part.source.dtype if name in ("rows", "columns", "text row") else name
-
-
 def _code_misses(data: decode.U8, cs: F32, cz: F32) -> tuple[npt.NDArray[np.bool_], int]:
     """Code bytes [n, 256] that the GGUF's M, Z do not reproduce for a reason, and how many rows have such."""
     table = decode.source_codes(cs, cz)
     m, z, _ = decode.ccq2_header(data)
-    mine = (np.arange(256) * m[:, None] + z[:, None]) % 2**32 // 2**17
-    missed = mine != table % 2**15
-    one_off = np.isin((mine - table) % 2**15, (1, 2**15 - 1))
+    found = (np.arange(256) * m[:, None] + z[:, None]) % 2**32 // 2**17
+    missed = found != table % 2**15
+    one_off = np.isin((found - table) % 2**15, (1, 2**15 - 1))
     for row in np.flatnonzero(missed.any(1)):
         # Not explained if a better map exists, or if a code is off by more than the nearest map would be.
         if (missed[row] & ~one_off[row]).any() or _has_exact_map(table[row], float(cs[row])):
@@ -108,77 +92,94 @@ def _has_exact_map(codes: decode.I64, cs: float) -> bool:
     return bool((low <= high).any())
 
 
-def _bound(want: F32, kind: str) -> F32:
+def _bound(expected: F32, type_name: str) -> F32:
     """The largest error that rounding to a type explains, value by value."""
-    size = np.abs(want).astype(np.float32)
-    if kind == "bf16":
+    size = np.abs(expected).astype(np.float32)
+    if type_name == "bf16":
         return size * np.float32(2.0**-8) + np.float32(2.0**-134)
-    if kind == "f16":
+    if type_name == "f16":
         return size * np.float32(2.0**-11) + np.float32(2.0**-25)
     block = size.reshape(len(size), -1, 32).max(2, keepdims=True)
     # half a step (q8_0) or a whole one (q4_0 cannot hold the largest value with the other sign), and the f16 scale
-    steps, levels = (0.5, 127) if kind == "q8_0" else (1.0, 8)
+    steps, levels = (0.5, 127) if type_name == "q8_0" else (1.0, 8)
     bound = block * np.float32(steps / levels + 2.0**-10) + np.float32(levels * 2.0**-25)
-    return np.repeat(bound, 32, axis=2).reshape(want.shape)
+    return np.repeat(bound, 32, axis=2).reshape(expected.shape)
+
+
+def _code_tolerance(reader: ShardReader, chunk: "_Chunk", data: decode.U8, k: int) -> tuple[Tolerance, Finding]:
+    """Any error where a code byte has no place in an integer code map; rows with such a byte are counted."""
+    missed, rows = _code_misses(data, *decode.ccq_map(reader, chunk.part.source, chunk.row, len(data)))
+    if not rows:
+        return _NONE, Finding()
+    hit = np.take_along_axis(missed, data[:, 16 : 16 + k // 4].astype(np.int64), axis=1)
+    return np.where(np.repeat(hit, 4, axis=1), np.float32(np.inf), _NONE), Finding(missed_rows=rows)
+
+
+def _scale_tolerance(reader: ShardReader, chunk: "_Chunk", data: decode.U8, _k: int) -> tuple[Tolerance, Finding]:
+    """What rounding the channel's scale to f16 explains; rows with such a scale are counted."""
+    q, scale = decode.channel_ints(reader, chunk.part.source, chunk.row, len(data))
+    off = np.abs(scale - scale.astype(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-20)
+    return np.abs(q).astype(np.float32) * off[:, None], Finding(rounded_rows=int((off > 0).sum()))
+
+
+# (storage, ggml type) of exact repacks that may differ here and there -> the error allowed for each value, and why
+_TOLERATED = {
+    ("ccq wint2", "ccq2"): _code_tolerance,
+    ("wint8", "q8_0"): _scale_tolerance,
+    ("wint4", "q8_0"): _scale_tolerance,
+    ("wint4", "q4_0"): _scale_tolerance,
+}
 
 
 def _tolerated(
-    reader: ShardReader, piece: "_Chunk", data: decode.U8, kind: str, k: int
-) -> tuple[F32 | np.float32, Finding]:
+    reader: ShardReader, chunk: "_Chunk", data: decode.U8, type_name: str, k: int
+) -> tuple[Tolerance, Finding]:
     """The error of each value that an exact repack is allowed, 0 nearly everywhere, and the rows that have any."""
-    name, n = piece.part.source.packing.name, len(data)
-    if name == "ccq wint2" and kind == "ccq2":
-        missed, rows = _code_misses(data, *decode.ccq_map(reader, piece.part.source, piece.row, n))
-        if not rows:
-            return np.float32(0), Finding()
-        hit = np.take_along_axis(missed, data[:, 16 : 16 + k // 4].astype(np.int64), axis=1)
-        return np.where(np.repeat(hit, 4, axis=1), np.float32(np.inf), np.float32(0)), Finding(missed_rows=rows)
-    if name in ("wint8", "wint4") and kind in ("q8_0", "q4_0"):
-        q, scale = decode.channel_ints(reader, piece.part.source, piece.row, n)
-        off = np.abs(scale - scale.astype(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-20)
-        return np.abs(q).astype(np.float32) * off[:, None], Finding(rounded_rows=int((off > 0).sum()))
-    return np.float32(0), Finding()
+    tolerance = _TOLERATED.get((chunk.part.source.storage.name, type_name))
+    return tolerance(reader, chunk, data, k) if tolerance else (_NONE, Finding())
 
 
-def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, piece: "_Chunk") -> Finding:
-    k, kind = tensor.ne[0], tensor.type_name
-    data = np.array(file.rows(tensor)[piece.at : piece.at + piece.rows])
+def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_Chunk") -> Finding:
+    k, type_name = tensor.ne[0], tensor.type_name
+    data = np.array(file.rows(tensor)[chunk.at : chunk.at + chunk.rows])
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be anything in a damaged file
-        want = decode.source_rows(reader, piece.part.source, piece.row, piece.rows)
-        got = decode.gguf_rows(data, kind, k)
-    same = got == want
+        expected = decode.source_rows(reader, chunk.part.source, chunk.row, chunk.rows)
+        found = decode.gguf_rows(data, type_name, k)
+    same = found == expected
     if not same.all():
-        same |= np.isnan(got) & np.isnan(want)
-    counted = Finding(values=got.size)
-    if kind == "ccq2" and not decode.ccq2_is_clean(data, k):
+        same |= np.isnan(found) & np.isnan(expected)
+    counted = Finding(values=found.size)
+    if type_name == "ccq2" and not decode.ccq2_is_clean(data, k):
         counted = replace(counted, problem="padding or reserved word is not zero")
-    exact = (_source_kind(piece.part), kind) in _EXACT
+    exact = type_name in chunk.part.source.exact_types
     if same.all():
         # Rows without an exact map are counted even where none of the missed bytes occurs.
-        return counted + (_tolerated(reader, piece, data, kind, k)[1] if exact and kind == "ccq2" else Finding())
+        return counted + (
+            _tolerated(reader, chunk, data, type_name, k)[1] if exact and type_name == "ccq2" else Finding()
+        )
     with np.errstate(invalid="ignore", over="ignore"):
-        error = np.where(same, np.float32(0), np.abs(got - want))
-        ratio = np.divide(error, np.abs(want), out=np.zeros_like(error), where=want != 0)
+        error = np.where(same, np.float32(0), np.abs(found - expected))
+        ratio = np.divide(error, np.abs(expected), out=np.zeros_like(error), where=expected != 0)
     error[np.isnan(error)] = np.inf
     if exact:
-        tolerated, extra = _tolerated(reader, piece, data, kind, k)
+        tolerated, extra = _tolerated(reader, chunk, data, type_name, k)
         counted += extra
         wrong = int((error > tolerated).sum())
-    elif kind == "ccq2":
-        wrong = _lossy_ccq2(want, got, error)
+    elif type_name == "ccq2":
+        wrong = _lossy_ccq2(expected, found, error)
     else:
-        wrong = int((error > _bound(want, kind)).sum())
+        wrong = int((error > _bound(expected, type_name)).sum())
     differing = int((~same).sum())
     return counted + Finding(0, differing - wrong, wrong, float(error.max()), float(ratio.max()))
 
 
-def _lossy_ccq2(want: F32, got: F32, error: F32) -> int:
+def _lossy_ccq2(expected: F32, found: F32, error: F32) -> int:
     """Values of rows that point elsewhere than they should, or are of another size.
 
     The plain encoder's rows have a cosine of 0.9 or more, the calibrated one's go down to 0.65 where few inputs say
     all; another row has about 0, and zeros have no size.
     """
-    x, y = want.astype(np.float64), got.astype(np.float64)
+    x, y = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore"):
         dot, power, size = (x * y).sum(1), (x * x).sum(1), (y * y).sum(1)
     right = (dot >= 0.5 * np.sqrt(power * size)) & (size >= power / 4) & (size <= power * 4)
@@ -193,7 +194,7 @@ class _Chunk:
     at: int  # in the GGUF tensor
 
 
-def _chunks(plan: TensorPlan) -> Iterator[_Chunk]:
+def _chunks(plan: MappedTensor) -> Iterator[_Chunk]:
     step = max(1, _CHUNK_VALUES // plan.shape[-1])
     at = 0
     for part in plan.parts:
@@ -203,21 +204,19 @@ def _chunks(plan: TensorPlan) -> Iterator[_Chunk]:
             at += rows
 
 
-def _mismatch(tensor: GgufTensor | None, plan: TensorPlan) -> str:
+def _mismatch(tensor: GgufTensor | None, plan: MappedTensor) -> str:
     """Why a tensor cannot be compared at all, if so."""
     if tensor is None:
         return "missing from the GGUF"
     ne = tuple(reversed(plan.shape))
     if tensor.ne not in (ne, (*ne, 1)):
         return f"ne is {list(tensor.ne)}, expected {list(ne)}"
-    if tensor.type_name not in decode.READABLE:
+    if tensor.type_name not in decode.GGUF_DECODERS:
         return f"type {tensor.type_name} is not one that ernie-gguf writes"
-    if not plan.parts:
-        return "has no source"
     return ""
 
 
-def verify(job: Job, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
+def verify(mapped: TensorMap, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
     """Compare all tensors; one verdict each, in the plan's order, then those that only the GGUF has.
 
     `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
@@ -225,7 +224,7 @@ def verify(job: Job, file: GgufFile, threads: int, progress: Callable[[int], Non
     tensors = {tensor.name: tensor for tensor in file.tensors}
     verdicts: list[Verdict] = []
     with ShardReader() as reader, ThreadPoolExecutor(threads) as pool:
-        reader.open({path for plan in job.plan.tensors for part in plan.parts for path in part.source.paths})
+        reader.open({path for plan in mapped.tensors for part in plan.parts for path in part.source.paths})
         pending: deque[tuple[int, Future[Finding]]] = deque()
 
         def finish() -> None:
@@ -235,12 +234,13 @@ def verify(job: Job, file: GgufFile, threads: int, progress: Callable[[int], Non
             progress(found.values)
 
         try:
-            for plan in job.plan.tensors:
+            for plan in mapped.tensors:
                 tensor = tensors.pop(plan.name, None)
-                source = _source_kind(plan.parts[0])
+                source = plan.parts[0].source
                 problem = _mismatch(tensor, plan)
-                kind = tensor.type_name if tensor else ""
-                verdicts.append(Verdict(plan.name, source, kind, (source, kind) in _EXACT, Finding(problem=problem)))
+                type_name = tensor.type_name if tensor else ""
+                exact = type_name in source.exact_types
+                verdicts.append(Verdict(plan.name, source.label, type_name, exact, Finding(problem=problem)))
                 if problem or tensor is None:
                     continue
                 for chunk in _chunks(plan):

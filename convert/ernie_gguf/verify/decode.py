@@ -1,9 +1,10 @@
 """Slow and literal decoders for `verify`: what a checkpoint's bytes mean, and what a GGUF's bytes mean, as float32.
 
-They share nothing with the code that packs: every formula is written out again from the formats' descriptions (design,
-sections 2 to 4; ggml's block types), in another way where there is one.
+They share nothing with the code that packs: every formula is written out again from the formats' descriptions
+(docs/formats.md; ggml's block types), in another way where there is one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def _int4_order(k: int) -> I64:
 def channel_ints(reader: ShardReader, source: Source, row: int, rows: int) -> tuple[npt.NDArray[np.int16], F32]:
     """The integers [rows, K] and scales [rows] of a wint8 or wint4 source."""
     k = source.main.shape[-1]
-    per_byte = 1 if source.packing.name == "wint8" else 2
+    per_byte = 1 if source.storage.name == "wint8" else 2
     order = _int8_order(k) if per_byte == 1 else _int4_order(k)
     group = len(order)
     first, last = row // group, -(-(row + rows) // group)
@@ -110,24 +111,39 @@ def _fp8(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
     header = source.tensors["weight_scale"]
     scales = _floats(reader.read_all(header), header.dtype).reshape(header.shape).T  # [N/block, K/block]
     k = source.main.shape[0]
-    block_n, block_k = source.packing.block
+    block_n, block_k = source.storage.block
     columns = np.minimum(np.arange(k) // block_k, scales.shape[1] - 1)
     return values * scales[np.arange(row, row + rows) // block_n][:, columns]
 
 
-def source_rows(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
-    """Rows of a source as float32 [rows, K], by the description of its packing."""
-    name = source.packing.name
-    if name in ("wint8", "wint4"):
-        q, scale = channel_ints(reader, source, row, rows)
-        return q.astype(np.float32) * scale[:, None]
-    if name == "ccq wint2":
-        return _ccq(reader, source, row, rows)
-    if name == "block-wise fp8":
-        return _fp8(reader, source, row, rows)
-    if name == "columns":
-        return _floats(reader.read_columns(source.main, row, rows).T, source.dtype)
+def _int(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
+    q, scale = channel_ints(reader, source, row, rows)
+    return q.astype(np.float32) * scale[:, None]
+
+
+def _rows(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
     return _floats(reader.read_rows(source.main, row, rows), source.dtype)
+
+
+def _columns(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
+    return _floats(reader.read_columns(source.main, row, rows).T, source.dtype)
+
+
+# name of a storage -> its decoder; a storage without one cannot be verified, and a test says so
+DECODERS: dict[str, Callable[[ShardReader, Source, int, int], F32]] = {
+    "rows": _rows,
+    "columns": _columns,
+    "text row": _rows,
+    "wint8": _int,
+    "wint4": _int,
+    "ccq wint2": _ccq,
+    "block-wise fp8": _fp8,
+}
+
+
+def source_rows(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
+    """Rows of a source as float32 [rows, K], by the description of its storage."""
+    return DECODERS[source.storage.name](reader, source, row, rows)
 
 
 def _blocks(data: U8, nbytes: int) -> tuple[U8, F32]:
@@ -165,17 +181,17 @@ def _ccq2(data: U8, k: int) -> F32:
     return _decoded(windows(codes), data[:, 16 : 16 + k // 4], packed, d)
 
 
+# ggml type -> its decoder: the types that ernie-gguf writes
+GGUF_DECODERS: dict[str, Callable[[U8, int], F32]] = {
+    "f32": lambda data, _: data.view("<f4").astype(np.float32),
+    "f16": lambda data, _: data.view("<f2").astype(np.float32),
+    "bf16": lambda data, _: _floats(data.view("<u2"), "BF16"),
+    "q8_0": _q8_0,
+    "q4_0": _q4_0,
+    "ccq2": _ccq2,
+}
+
+
 def gguf_rows(data: U8, type_name: str, k: int) -> F32:
     """Rows of a GGUF tensor [n, row size] as float32 [n, K]."""
-    data = np.ascontiguousarray(data)
-    if type_name == "f32":
-        return data.view("<f4").astype(np.float32)
-    if type_name == "f16":
-        return data.view("<f2").astype(np.float32)
-    if type_name == "bf16":
-        return _floats(data.view("<u2"), "BF16")
-    decoders = {"q8_0": _q8_0, "q4_0": _q4_0, "ccq2": _ccq2}
-    return decoders[type_name](data, k)
-
-
-READABLE = ("f32", "f16", "bf16", "q8_0", "q4_0", "ccq2")
+    return GGUF_DECODERS[type_name](np.ascontiguousarray(data), k)

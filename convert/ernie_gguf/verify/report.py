@@ -21,7 +21,7 @@ def _said(verdict: Verdict) -> str:
     if not found.explained:
         return "exact"
     if not verdict.exact:
-        return f"as {verdict.kind} rounds"
+        return f"as {verdict.type_name} rounds"
     reasons = []
     if found.missed_rows:
         reasons.append(f"{found.missed_rows} rows without an integer code map")
@@ -49,7 +49,7 @@ def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
             {
                 "name": verdict.name,
                 "source": verdict.source,
-                "type": verdict.kind,
+                "type": verdict.type_name,
                 "ok": verdict.ok,
                 "verdict": _said(verdict),
                 **numbers(verdict.finding),
@@ -67,7 +67,9 @@ def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
         differ = found.explained + found.wrong
         numbers = (f"{differ:,}", f"{found.largest:.2e}", f"{found.relative:.2e}") if differ else ("0", "", "")
         style = "" if verdict.ok else "red"
-        table.add_row(Text(verdict.name), verdict.source.lower(), verdict.kind, *numbers, _said(verdict), style=style)
+        table.add_row(
+            Text(verdict.name), verdict.source.lower(), verdict.type_name, *numbers, _said(verdict), style=style
+        )
     total, bad = _sum_of(verdicts), [verdict for verdict in verdicts if not verdict.ok]
     exact = sum(not verdict.finding.explained and verdict.ok for verdict in verdicts)
     lines = [
