@@ -38,7 +38,7 @@ C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/er
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format checkout patch refresh search quantizer build build-cuda clean require
+.PHONY: help demo test quality lint format checkout patch refresh search quantizer build build-cuda clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -117,6 +117,10 @@ demo: build $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf ## convert
 
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
+
+quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
+	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests \
+	    --llama-cpp $(CPU)/bin
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -212,12 +212,15 @@ def describe(where: dict[str, Any]) -> str:
     return f"{gpu}{where['cpu']}, {where['cores']} cores, {where['memory_bytes'] / 2**30:.0f} GiB"
 
 
-def report(results: dict[str, object], table: Table, options: argparse.Namespace) -> None:
-    """Print the results as JSON, or the table and the machine; with --save, also append the table to its file."""
+def report(results: dict[str, object], table: Table, options: argparse.Namespace, page: str | None = None) -> None:
+    """Print the results as JSON, or the table and the machine; with --save, also append the table to a page.
+
+    The page is the machine's, or the one named, where other things than the machine decide the figures.
+    """
     where = results["machine"]
     assert isinstance(where, dict)  # noqa: S101 - narrows the type
     if options.save:
-        print(f"appended to {save(table, where)}", file=sys.stderr)
+        print(f"appended to {save(table, where, page=page)}", file=sys.stderr)
     if options.json:
         print(json.dumps(results, indent=2, default=asdict))
         return
@@ -226,13 +229,16 @@ def report(results: dict[str, object], table: Table, options: argparse.Namespace
     console.print(f"{describe(where)}, load {where['load']}, {where['date']}")
 
 
-def save(table: Table, where: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Append a table, its command and its date to the machine's file, which is begun if need be."""
+def save(table: Table, where: dict[str, Any], folder: Path = RESULTS, page: str | None = None) -> Path:
+    """Append a table, its command and its date to the page named, or to the machine's; begin it if need be."""
     folder.mkdir(exist_ok=True)
-    name = where.get("gpu") or f"{where['cpu'].split(';')[0]} {where['cores']} cores"
+    name = page or where.get("gpu") or f"{where['cpu'].split(';')[0]} {where['cores']} cores"
     path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".md")
-    text = "" if path.exists() else f"# {describe(where)}\n"
+    heading = f"# {page}" if page else f"# {describe(where)}"
+    text = "" if path.exists() else f"{heading}\n"
     text += f"\n## {table.title or 'results'}\n\n{where['date']}, load {where['load']}: `{command_line()}`\n\n"
+    if page:
+        text += f"{describe(where)}\n\n"
     with path.open("a") as file:
         file.write(text + markdown(table))
     return path

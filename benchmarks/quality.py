@@ -1,6 +1,7 @@
 """Quality of 2-bit experts: ccq2, plain and calibrated, beside llama.cpp's own types, each against bf16.
 
     python benchmarks/quality.py CHECKPOINT --calibration TEXT --evaluate OTHER_TEXT
+    python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests    # make quality
 
 converts the checkpoint to bf16, has llama-perplexity keep its token probabilities on the first `--evaluate-bytes` of
 the evaluation text, and then, type by type, makes a file whose experts have that type and everything else q8_0, and
@@ -8,9 +9,8 @@ measures it against bf16: ccq2 by `ernie-gguf convert` (plain) and `ernie-gguf q
 by llama-quantize with an importance matrix from the same calibration text. bf16 and q8_0 throughout are there as
 reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
 
-The figures of issue 6 and of the documentation: ernie-mini, its calibration.txt, the first 250,000 bytes of its
-held-out.txt, context 512 (the defaults). That takes 6.5 minutes with --threads 1, without the calibrated row. `--only`
-chooses rows; without torch, leave ccq2-calibrated out.
+A TEXT is a file, or a folder whose Python files are read in the order of their names: examples/ernie-tiny has learnt
+Python, so this repository's own sources serve it. `--only` chooses rows; without torch, leave ccq2-calibrated out.
 
 Disk: the probabilities take 2 bytes times vocabulary for every second token of the text (0.7 GB for ernie-mini, 7 GB
 with ERNIE's 103,424 words), and the bf16 file and one quantized file lie beside them, in TMPDIR or --folder.
@@ -145,11 +145,11 @@ def types_of(name: str) -> tuple[str, str]:
 
 
 def command_to_make(name: str, path: Path, options: argparse.Namespace) -> list[str | Path]:
-    """The command that writes a row's file; for llama.cpp's types from bf16.gguf and imatrix.gguf beside it."""
+    """The command that writes a row's file; from bf16.gguf, imatrix.gguf and calibration.txt beside it."""
     if name == CALIBRATED:
-        texts = [part for text in options.calibration for part in ("--calibration", text)]
+        text = path.with_name("calibration.txt")
         more = ["--threads", str(options.threads), *shlex.split(options.quantize_args)]
-        return [our_command(), "quantize", options.checkpoint, *texts, "--outfile", path, *more]
+        return [our_command(), "quantize", options.checkpoint, "--calibration", text, "--outfile", path, *more]
     if name not in PEERS:
         return [our_command(), "convert", options.checkpoint, "--outtype", name, "--outfile", path]
     types = ["--tensor-type", f"ffn_(gate|up|down)_exps={name}"]
@@ -184,7 +184,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> float:
     files = ("-f", folder / "evaluation.txt", "--kl-divergence-base", folder / "bf16.kld")
     output = run([*tool("llama-perplexity", folder, "bf16", options), *files])
     if "Final estimate: PPL" not in output:  # it exits with 0 even if the text is too short
-        sys.exit(f"llama-perplexity printed no perplexity of {options.evaluate}:\n{output[-3000:]}")
+        sys.exit(f"llama-perplexity printed no perplexity of {' '.join(map(str, options.evaluate))}:\n{output[-3000:]}")
     if any(name in PEERS for name in options.only):
         files = ("-f", folder / "calibration.txt", "-o", folder / "imatrix.gguf")
         run([*tool("llama-imatrix", folder, "bf16", options), *files, "--no-ppl"])
@@ -229,16 +229,16 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     for column in ("bits", "bits, file", "MB", "PPL", "mean KLD", "99 % KLD", "same top", "made in"):
         table.add_column(column, justify="right")
     for row in rows:
-        of = row.divergence
+        found = row.divergence
         table.add_row(
             row.name,
             f"{row.expert_bits:.3f}",
             f"{row.file_bits:.2f}",
             f"{row.file_bytes / 1e6:,.1f}",
-            f"{of.ppl:.3f} ± {of.ppl_error:.3f}",
-            f"{of.kld:.4f} ± {of.kld_error:.4f}",
-            f"{of.kld_99:.3f}",
-            f"{of.same_top:.1f} %",
+            f"{found.ppl:.3f} ± {found.ppl_error:.3f}",
+            f"{found.kld:.4f} ± {found.kld_error:.4f}",
+            f"{found.kld_99:.3f}",
+            f"{found.same_top:.1f} %",
             f"{row.seconds:,.0f} s",
         )
     if any(row.name.startswith("ccq2") for row in rows):
@@ -247,17 +247,25 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+def files_of(texts: Sequence[Path]) -> list[Path]:
+    """Files as they are given, for each folder the Python files in it."""
+    return [file for text in texts for file in (sorted(text.rglob("*.py")) if text.is_dir() else [text])]
+
+
 def read_texts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[bytes, bytes]:
-    """The calibration texts one after another, and the part of the evaluation text that is used."""
+    """The calibration texts one after another, and the part of the evaluation texts that is used."""
+    names = " ".join(map(str, options.evaluate))
+    calibration_files, evaluation_files = files_of(options.calibration), files_of(options.evaluate)
     try:
-        calibration = b"".join(path.read_bytes() for path in options.calibration)
-        evaluation = head(options.evaluate.read_bytes(), options.evaluate_bytes)
-    except OSError as exc:
-        parser.error(f"{exc.filename}: {exc.strerror}")
-    except UnicodeDecodeError as exc:
-        parser.error(f"{options.evaluate}: not UTF-8 at byte {exc.start}")
-    if evaluation in calibration:
-        parser.error(f"{options.evaluate}: this text is empty or was used for calibration; give another")
+        calibration = b"".join(path.read_bytes() for path in calibration_files)
+        evaluation = head(b"".join(path.read_bytes() for path in evaluation_files), options.evaluate_bytes)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        parser.error(f"{names}: not UTF-8 at byte {error.start}")
+    shared = {file.resolve() for file in calibration_files} & {file.resolve() for file in evaluation_files}
+    if shared or evaluation in calibration:
+        parser.error(f"{names}: this text is empty or was used for calibration; give another")
     return calibration, evaluation
 
 
@@ -266,7 +274,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(__doc__ or "")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a BF16 ERNIE-4.5-MoE")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True, metavar="TEXT")
-    parser.add_argument("--evaluate", type=Path, required=True, metavar="TEXT", help="not used for calibration")
+    parser.add_argument(
+        "--evaluate", type=Path, nargs="+", required=True, metavar="TEXT", help="not used for calibration"
+    )
     parser.add_argument(
         "--evaluate-bytes", type=positive, default=250_000, help="of the evaluation text (default: %(default)s)"
     )
@@ -299,14 +309,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": where,
         "checkpoint": str(options.checkpoint),
         "calibration": [str(path) for path in options.calibration],
-        "evaluation": str(options.evaluate),
+        "evaluation": [str(path) for path in options.evaluate],
         "evaluation_bytes": len(evaluation),
         "context": options.context,
         "quantize_args": options.quantize_args,
         "rows": rows,
     }
-    title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {options.evaluate.name}"
-    report(results, table_of(rows, title), options)
+    names = ", ".join(path.name for path in options.evaluate)
+    title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {names}"
+    report(results, table_of(rows, title), options, page=f"quality-{options.checkpoint.name}")
 
 
 if __name__ == "__main__":

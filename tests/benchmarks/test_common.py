@@ -54,6 +54,14 @@ def test_a_gpu_has_a_page_of_its_own(table: Table, tmp_path: Path) -> None:
     assert common.save(table, WHERE | {"gpu": "NVIDIA H100 80GB HBM3"}, tmp_path).name == "nvidia-h100-80gb-hbm3.md"
 
 
+def test_a_named_page_says_the_machine_each_time(table: Table, tmp_path: Path) -> None:
+    path = common.save(table, WHERE, tmp_path, page="quality-ernie-tiny")
+    assert path.name == "quality-ernie-tiny.md"
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# quality-ernie-tiny"
+    assert "Example CPU @ 3 GHz (family 1 model 2; avx2 avx512f), 2 cores, 16 GiB" in lines
+
+
 def test_the_saved_command_names_no_private_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--llama-cpp", "build/cuda/bin", "--folder", "/home/me/disk", "--against", "ik=/home/me/ik/bin"]
     monkeypatch.setattr(sys, "argv", ["speed.py", *options])

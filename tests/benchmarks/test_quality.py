@@ -119,10 +119,19 @@ def test_calibrated_row_runs_our_quantizer() -> None:
     path = Path("out/ccq2-calibrated.gguf")
     command = [str(part) for part in quality.command_to_make("ccq2-calibrated", path, arguments)]
     assert " ".join(command[1:]) == (
-        "quantize model --calibration a.txt --calibration b.txt --outfile out/ccq2-calibrated.gguf --threads 3 "
+        "quantize model --calibration out/calibration.txt --outfile out/ccq2-calibrated.gguf --threads 3 "
         "--device cuda --report r"
     )
     assert quality.types_of("ccq2-calibrated") == ("ccq2", "q8_0")
+
+
+def test_a_folder_means_its_python_files(tmp_path: Path) -> None:
+    for name in ("b.py", "a/c.py", "a/data.txt", "d.py"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(f"{name}\n")
+    (tmp_path / "text.txt").write_text("text\n")
+    files = quality.files_of([tmp_path / "text.txt", tmp_path / "source"])
+    assert "".join(path.read_text() for path in files) == "text\na/c.py\nb.py\nd.py\n"
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,7 @@ def test_measures_ernie_tiny(
     ("options", "message"),
     [
         (["--evaluate", "CALIBRATION"], "this text is empty or was used for calibration"),
+        (["--evaluate", "tests", "CALIBRATION"], "this text is empty or was used for calibration"),
         (["--evaluate-bytes", "-1"], "--evaluate-bytes: invalid positive value: '-1'"),
         (["--evaluate", "missing.txt"], "missing.txt: No such file or directory"),
         (["--llama-cpp", "missing"], "missing holds no llama-perplexity"),
