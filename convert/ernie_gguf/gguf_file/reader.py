@@ -25,7 +25,6 @@ from .types import GgmlType, ccq2_row_size
 LAYOUT_KEY = "ernie_gguf.ccq.layout"
 LAYOUT_VERSION = 1
 ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
-CCQ_TYPES = {180: "ccq2", 181: "ccq2_5", 182: "ccq2_75"}  # the last two are reserved
 
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _UINT32, _STRING, _ARRAY = 4, 8, 9
@@ -200,8 +199,7 @@ def _tensor_nbytes(where: str, kind: int, ne: tuple[int, ...]) -> tuple[str, int
     try:
         known = GGMLQuantizationType(kind)
     except ValueError as exc:
-        name = CCQ_TYPES.get(kind, "unknown")
-        raise GgufError(f"{where}: type {kind} ({name}) is not known to this version of ernie-gguf") from exc
+        raise GgufError(f"{where}: type {kind} is not known to this version of ernie-gguf") from exc
     block, nbytes = GGML_QUANT_SIZES[known]
     if ne[0] % block:
         raise GgufError(f"{where}: row length {ne[0]} is not a multiple of {known.name}'s block of {block}")
@@ -224,7 +222,7 @@ def _read_tensor(cursor: _Cursor) -> _Entry:
 
 def _check_layout(name: str, metadata: dict[str, Any], tensors: tuple[GgufTensor, ...]) -> None:
     """A file with a CCQ tensor must state the layout version that this code implements."""
-    first = next((tensor for tensor in tensors if tensor.type_id in CCQ_TYPES), None)
+    first = next((tensor for tensor in tensors if tensor.type_id == GgmlType.CCQ2), None)
     if first is None:
         return
     found = metadata.get(LAYOUT_KEY)
