@@ -38,7 +38,7 @@ C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/er
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality lint format checkout patch refresh search quantizer build build-cuda clean require
+.PHONY: help demo test quality lint format checkout refresh search quantizer build build-cuda clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -72,8 +72,6 @@ $(BUILD_DIR)/.patched: $(SERIES) ggml_patch/tree.py | $(BIN)/ernie-gguf
 	@touch $@
 
 checkout: $(BUILD_DIR)/.patched ## make the llama.cpp tree in BUILD_DIR: upstream, our new files, the patch series
-
-patch: checkout ## the same: a tree is never left without its patches
 
 refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (one commit per patch)
 	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)

@@ -1,6 +1,6 @@
-"""Prepare the llama.cpp tree that the Makefile builds: fetch, check out, patch, and re-export the patches.
+"""Prepare the llama.cpp tree that the Makefile builds: download, patch, and re-export the patches.
 
-The tree is upstream plus the files of `ggml_patch/src` (tag `base`) plus one commit per patch of
+The tree is upstream (tag `upstream`) plus the files of `ggml_patch/src` (tag `base`) plus one commit per patch of
 `ggml_patch/series` (tag `applied`). Without git the same files are made, but edits cannot be exported.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ def fail(message: str) -> NoReturn:
 
 
 def git(tree: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run git in the tree and return what it printed."""
+    """Run git in the tree; the result holds what it printed."""
     done = subprocess.run([*GIT, *args], cwd=tree, text=True, capture_output=True, check=False)
     if check and done.returncode != 0:
         fail(f"git {' '.join(args)} failed in {tree}:\n{done.stdout}{done.stderr}")
@@ -50,12 +51,13 @@ def has_git() -> bool:
 
 
 def patches() -> list[Path]:
-    """Return the patch files in the order of `series`."""
-    return [PATCH_DIR / line for line in SERIES.read_text().split()]
+    """The patch files in the order of `series`, whose comments start with #."""
+    lines = (line.partition("#")[0].strip() for line in SERIES.read_text().splitlines())
+    return [PATCH_DIR / line for line in lines if line]
 
 
 def pinned() -> tuple[str, str]:
-    """Return file name and sha256 of the pinned source distribution."""
+    """File name and sha256 of the pinned source distribution."""
     match = re.search(r"^(\S+)==(\S+) --hash=sha256:(\w{64})$", PIN.read_text(), re.MULTILINE)
     if match is None:
         fail(f"{PIN} holds no line 'NAME==VERSION --hash=sha256:HASH'")
@@ -111,16 +113,23 @@ def checkout(tree: Path, cache: Path, source: Path | None) -> None:
         shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(".git", "build*"), symlinks=True)
     else:
         fail(f"LLAMA_CPP_SRC={source} is no llama.cpp checkout: it has no ggml/include/ggml.h")
-    shutil.copytree(NEW_FILES, fresh, dirs_exist_ok=True)
     if has_git():
         git(fresh, "init", "-q", "-b", "series")
-        git(fresh, "add", "-A", "-f")
-        git(fresh, "commit", "-q", "-m", "upstream and the new files of ggml_patch/src")
-        git(fresh, "tag", "base")
+        commit_all(fresh, "upstream")
+    shutil.copytree(NEW_FILES, fresh, dirs_exist_ok=True)
+    if has_git():
+        commit_all(fresh, "base")
     apply(fresh, tree)
     keep_times(tree, fresh)
     shutil.rmtree(tree, ignore_errors=True)
     fresh.rename(tree)
+
+
+def commit_all(tree: Path, tag: str) -> None:
+    """Commit every file of the tree, and tag the commit."""
+    git(tree, "add", "-A", "-f")
+    git(tree, "commit", "-q", "-m", tag)
+    git(tree, "tag", tag)
 
 
 def apply(fresh: Path, tree: Path) -> None:
@@ -141,7 +150,7 @@ def apply(fresh: Path, tree: Path) -> None:
 
 
 def how_to_go_on(patch: Path, tree: Path, output: str) -> str:
-    """Return the message for a patch that does not apply."""
+    """The message for a patch that does not apply."""
     rest = [later.name for later in patches()][patches().index(patch) + 1 :]
     steps = [
         f"cd {tree}",
@@ -169,32 +178,42 @@ def keep_times(old: Path, new: Path) -> None:
 def refresh(tree: Path) -> None:
     """Write the commits since `base` back as patches and the new files back to `ggml_patch/src`."""
     if not (tree / ".git").exists():
-        fail(f"{tree} is no git repository; install git, then: make checkout patch")
+        fail(f"{tree} is no git repository; install git, then: make checkout")
     if git(tree, "status", "--porcelain", "--untracked-files=no").stdout:
         fail(f"{tree} has uncommitted edits; commit each to its topic: git commit --fixup=COMMIT, git rebase -i base")
-    added = git(tree, "diff", "--name-only", "--diff-filter=A", "base", "HEAD").stdout.split()
-    new_files = {str(path.relative_to(NEW_FILES)) for path in NEW_FILES.rglob("*") if path.is_file()} | set(added)
+    new_files: set[str] = set()
+    for older, newer in (("upstream", "base"), ("base", "HEAD")):
+        new_files |= set(git(tree, "diff", "--name-only", "--diff-filter=A", older, newer).stdout.split())
     for name in sorted(new_files):
         target = NEW_FILES / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tree / name, target)
+        if (tree / name).exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree / name, target)
+        else:
+            target.unlink(missing_ok=True)
     for patch in PATCH_DIR.glob("*.patch"):
         patch.unlink()
     excluded = [f":(exclude){name}" for name in sorted(new_files)]
     names = []
     for commit in git(tree, "rev-list", "--reverse", "base..HEAD").stdout.split():
         options = ["--stdout", "--full-index", "--zero-commit", "--no-signature", "--no-numbered", "--keep-subject"]
-        text = git(tree, "format-patch", *options, "-1", commit, "--", ".", *excluded).stdout
+        text = git(tree, "format-patch", *options, f"{commit}~1..{commit}", "--", ".", *excluded).stdout
         if text:  # empty: a commit that touches new files only
             names.append(patch_name(text))
             (PATCH_DIR / names[-1]).write_text(text)
-    SERIES.write_text("".join(f"{name}\n" for name in names))
+    SERIES.write_text(series_comment() + "".join(f"{name}\n" for name in names))
     git(tree, "tag", "-f", "applied")
     print(f"{len(names)} patches, {len(new_files)} new files")
 
 
+def series_comment() -> str:
+    """The comment that `series` begins with; comments further down do not outlive a refresh."""
+    lines = SERIES.read_text().splitlines(keepends=True)
+    return "".join(itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines))
+
+
 def patch_name(text: str) -> str:
-    """Return the name of a patch: its subject, without a number, so that it stays the same when the series changes."""
+    """The name of a patch: its subject, without a number, so that it stays the same when the series changes."""
     subject = next(line for line in text.splitlines() if line.startswith("Subject: ")).removeprefix("Subject: ")
     return re.sub(r"\W+", "-", subject.lower()).strip("-") + ".patch"
 
@@ -202,14 +221,12 @@ def patch_name(text: str) -> str:
 def main() -> None:
     """Run the command of the Makefile."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["fetch", "checkout", "refresh"])
+    parser.add_argument("command", choices=["checkout", "refresh"])
     parser.add_argument("--tree", type=Path, required=True, help="the llama.cpp tree to make or to export from")
     parser.add_argument("--cache", type=Path, required=True, help="folder for the downloaded source distribution")
     parser.add_argument("--source", type=Path, help="a llama.cpp checkout to copy instead of the pinned one")
     args = parser.parse_args()
-    if args.command == "fetch":
-        print(fetch(args.cache))
-    elif args.command == "checkout":
+    if args.command == "checkout":
         checkout(args.tree.resolve(), args.cache, args.source)
     else:
         refresh(args.tree.resolve())

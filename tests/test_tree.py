@@ -41,7 +41,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     patch_dir = tmp_path / "ggml_patch"
     (patch_dir / "src").mkdir(parents=True)
     (patch_dir / "src" / "new.c").write_text("int new_file;\n")
-    (patch_dir / "series").write_text("ggml-count-in-roman.patch\n")
+    (patch_dir / "series").write_text("# Why.\n\nggml-count-in-roman.patch # and how\n")
     (patch_dir / "ggml-count-in-roman.patch").write_text(PATCH)
     monkeypatch.setattr(tree_script, "PATCH_DIR", patch_dir)
     monkeypatch.setattr(tree_script, "NEW_FILES", patch_dir / "src")
@@ -111,7 +111,7 @@ def test_refresh_of_an_untouched_tree_changes_nothing(tmp_path: Path, upstream: 
     tree_script.refresh(tree)
     first = tree_script.patches()[0].read_text()
     tree_script.refresh(checkout(tmp_path, upstream))
-    assert tree_script.SERIES.read_text() == "ggml-count-in-roman.patch\n"
+    assert tree_script.SERIES.read_text() == "# Why.\n\nggml-count-in-roman.patch\n"
     assert tree_script.patches()[0].read_text() == first
     assert "-two\n+II\n" in first
 
@@ -123,10 +123,21 @@ def test_refresh_exports_new_commits_and_new_files(tmp_path: Path, upstream: Pat
     tree_script.git(tree, "add", "-A")
     tree_script.git(tree, "commit", "-q", "-m", "ggml: edit the other file\n\nWhy: a test.")
     tree_script.refresh(tree)
-    assert tree_script.SERIES.read_text() == "ggml-count-in-roman.patch\nggml-edit-the-other-file.patch\n"
+    names = [path.name for path in tree_script.patches()]
+    assert names == ["ggml-count-in-roman.patch", "ggml-edit-the-other-file.patch"]
     assert (tree_script.NEW_FILES / "newer.c").read_text() == "int newer;\n"
     assert "newer.c" not in tree_script.patches()[1].read_text()
     assert (checkout(tmp_path, upstream) / "other.c").read_text() == "int edited;\n"
+
+
+def test_refresh_removes_a_file_of_ours(tmp_path: Path, upstream: Path) -> None:
+    tree = checkout(tmp_path, upstream)
+    tree_script.git(tree, "rm", "-q", "new.c")
+    tree_script.git(tree, "commit", "-q", "-m", "drop it")
+    tree_script.refresh(tree)
+    tree_script.refresh(tree)
+    assert not (tree_script.NEW_FILES / "new.c").exists()
+    assert [path.name for path in tree_script.patches()] == ["ggml-count-in-roman.patch"]
 
 
 def test_refresh_wants_commits(tmp_path: Path, upstream: Path) -> None:

@@ -91,7 +91,7 @@ def defaults(struct: str, fields: dict[str, str]) -> str:
 def tree(llama_bin: Path) -> Path:
     tree = Path(os.environ.get("LLAMA_CPP_TREE") or Path(__file__).resolve().parents[2] / "build" / "llama.cpp")
     if not (tree / "include" / "llama.h").is_file():
-        pytest.skip(f"no llama.cpp tree at {tree}: run `make patch` or set LLAMA_CPP_TREE")
+        pytest.skip(f"no llama.cpp tree at {tree}: run `make checkout` or set LLAMA_CPP_TREE")
     return tree
 
 

@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tree = Path(os.environ.get("LLAMA_CPP_TREE") or CHECKOUT / "build" / "llama.cpp")
     if not (tree / "include" / "llama.h").is_file():
-        pytest.skip(f"no llama.cpp tree at {tree}: run `make patch` or set LLAMA_CPP_TREE")
+        pytest.skip(f"no llama.cpp tree at {tree}: run `make checkout` or set LLAMA_CPP_TREE")
     text = source(_structs.STRUCTS, _structs.CONSTANTS, _functions.FUNCTIONS)
     return measured_layout(tree, tmp_path_factory.mktemp("probe"), text)
 
