@@ -20,15 +20,15 @@ const ggml_cuda_device_info & ggml_cuda_info() {
     if (info.device_count == 0) {
         cudaDeviceProp device;
         cudaGetDeviceProperties(&device, 0);
-        info.device_count = 1;
+        info.device_count   = 1;
         info.devices[0].nsm = device.multiProcessorCount;
     }
     return info;
 }
 
 static constexpr int EXPERTS = 64;
-static constexpr int USED = 8;
-static constexpr int ROUNDS = EXPERTS / USED; // launches that read all experts once
+static constexpr int USED    = 8;
+static constexpr int ROUNDS  = EXPERTS / USED;  // launches that read all experts once
 static constexpr int REPEATS = 20;
 
 #define CHECK(call)                                                      \
@@ -49,32 +49,35 @@ static __device__ __host__ uint32_t scramble(uint64_t i) {
 static __global__ void fill(uint32_t * x, const size_t words_per_row, const size_t words, const uint64_t seed) {
     for (size_t i = blockIdx.x * (size_t) blockDim.x + threadIdx.x; i < words; i += (size_t) gridDim.x * blockDim.x) {
         const size_t column = i % words_per_row;
-        x[i] = column == 2 ? __float_as_uint(1e-3f) : column == 3 ? 0 : scramble(i + seed);
+        x[i]                = column == 2 ? __float_as_uint(1e-3f) : column == 3 ? 0 : scramble(i + seed);
     }
 }
 
 // each block reads a contiguous piece of one expert
-static __global__ void
-read_experts(const uint4 * x, const int32_t * ids, const size_t units, const int units_per_block, float * dst) {
+static __global__ void read_experts(const uint4 *   x,
+                                    const int32_t * ids,
+                                    const size_t    units,
+                                    const int       units_per_block,
+                                    float *         dst) {
     const uint4 * expert = x + ids[blockIdx.y] * units;
-    const size_t begin = blockIdx.x * (size_t) units_per_block;
-    const size_t end = min(begin + units_per_block, units);
-    uint32_t sum = 0;
+    const size_t  begin  = blockIdx.x * (size_t) units_per_block;
+    const size_t  end    = min(begin + units_per_block, units);
+    uint32_t      sum    = 0;
 #pragma unroll 8
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
         const uint4 v = expert[i];
         sum ^= v.x ^ v.y ^ v.z ^ v.w;
     }
     if (sum == 0x12345678) {
-        dst[0] = 1.0f; // keeps the loads
+        dst[0] = 1.0f;  // keeps the loads
     }
 }
 
 template <typename launch_t> static double gigabytes_per_second(const double bytes, const launch_t & launch) {
-    cudaStream_t stream;
-    cudaGraph_t graph;
+    cudaStream_t    stream;
+    cudaGraph_t     graph;
     cudaGraphExec_t exec;
-    cudaEvent_t start, stop;
+    cudaEvent_t     start, stop;
     CHECK(cudaStreamCreate(&stream));
     CHECK(cudaEventCreate(&start));
     CHECK(cudaEventCreate(&stop));
@@ -98,21 +101,21 @@ template <typename launch_t> static double gigabytes_per_second(const double byt
 
 struct shape {
     const char * name;
-    int nrows;
-    int k;
-    int ne11; // one activation for all experts, or one each
-    bool gate;
+    int          nrows;
+    int          k;
+    int          ne11;  // one activation for all experts, or one each
+    bool         gate;
 };
 
 // the largest error of some rows against exact sums over the quantized activations, relative to the sum of magnitudes
-static double error_of(const shape & s,
-                       const char * x,
-                       const std::vector<char> & y,
+static double error_of(const shape &                s,
+                       const char *                 x,
+                       const std::vector<char> &    y,
                        const std::vector<int32_t> & ids,
-                       const std::vector<float> & dst,
-                       const size_t row_size) {
+                       const std::vector<float> &   dst,
+                       const size_t                 row_size) {
     const int groups = s.k / CCQ_GROUP;
-    double worst = 0.0;
+    double    worst  = 0.0;
     for (int slot = 0; slot < USED; ++slot) {
         for (int row = slot; row < s.nrows; row += s.nrows / 5) {
             std::vector<char> bytes(row_size);
@@ -121,12 +124,12 @@ static double error_of(const shape & s,
             ccq_row_header h;
             memcpy(&h, bytes.data(), sizeof(h));
             const char * y_row = y.data() + (size_t) (slot % s.ne11) * groups * CCQ2_Y_GROUP_SIZE;
-            double sum = 0.0, size = 0.0;
+            double       sum = 0.0, size = 0.0;
             for (int i = 0; i < s.k; ++i) {
-                const int g = i / CCQ_GROUP;
-                const int v = ccq2_value(ccq2_code(ccq2_codes(bytes.data())[i / 4], h.M, h.Z), i % 4);
+                const int    g = i / CCQ_GROUP;
+                const int    v = ccq2_value(ccq2_code(ccq2_codes(bytes.data())[i / 4], h.M, h.Z), i % 4);
                 const int8_t q = y_row[((i % CCQ_GROUP / 16) * groups + g) * 16 + i % 16];
-                const float d = ((const float *) (y_row + groups * CCQ_GROUP))[g];
+                const float  d = ((const float *) (y_row + groups * CCQ_GROUP))[g];
                 const double p = (double) h.d * ccq2_scale(ccq2_scales(bytes.data(), s.k), g) * v * d * q;
                 sum += p;
                 size += fabs(p);
@@ -138,14 +141,14 @@ static double error_of(const shape & s,
 }
 
 static void measure(const shape & s) {
-    const int groups = s.k / CCQ_GROUP;
+    const int    groups   = s.k / CCQ_GROUP;
     const size_t row_size = GGML_PAD(sizeof(ccq_row_header) + s.k / 256 * (CCQ2_CODE_SIZE + CCQ2_SCALE_SIZE), CCQ_ROW_ALIGN);
-    const size_t matrix = row_size * s.nrows;
-    const size_t total = matrix * EXPERTS;
+    const size_t matrix   = row_size * s.nrows;
+    const size_t total    = matrix * EXPERTS;
 
-    char * x[2] = {};
-    char * y;
-    float *input, *dst;
+    char *    x[2] = {};
+    char *    y;
+    float *   input, *dst;
     int32_t * ids;
     for (int m = 0; m < (s.gate ? 2 : 1); ++m) {
         CHECK(cudaMalloc(&x[m], total));
@@ -169,40 +172,40 @@ static void measure(const shape & s) {
     ccq2_quantize_y<<<dim3((groups + 7) / 8, s.ne11), dim3(32, 8)>>>(input, y, groups, s.k, s.k * s.ne11, 0, s.ne11, 1);
 
     ccq2_mmv_args a = {};
-    a.x = x[0];
-    a.gate = x[1];
-    a.y = y;
-    a.dst = dst;
-    a.glu_op = GGML_GLU_OP_SWIGLU;
-    a.groups = groups;
-    a.nrows = s.nrows;
-    a.team = std::min(groups, CCQ2_MMV_THREADS);
-    a.teams = CCQ2_MMV_THREADS / a.team;
-    a.row_size = row_size;
-    a.nb02 = matrix;
-    a.nb03 = total;
-    a.ratio2 = 1;
-    a.ratio3 = 1;
-    a.ne11 = s.ne11;
-    a.ne12 = 1;
-    a.s1 = s.nrows;
+    a.x             = x[0];
+    a.gate          = x[1];
+    a.y             = y;
+    a.dst           = dst;
+    a.glu_op        = GGML_GLU_OP_SWIGLU;
+    a.groups        = groups;
+    a.nrows         = s.nrows;
+    a.team          = std::min(groups, CCQ2_MMV_THREADS);
+    a.teams         = CCQ2_MMV_THREADS / a.team;
+    a.row_size      = row_size;
+    a.nb02          = matrix;
+    a.nb03          = total;
+    a.ratio2        = 1;
+    a.ratio3        = 1;
+    a.ne11          = s.ne11;
+    a.ne12          = 1;
+    a.s1            = s.nrows;
 
     a.ids = ids;
     ccq2_mul_mat_vec_switch(a, 1, USED, 1, 0);
     CHECK(cudaDeviceSynchronize());
     double error = NAN;
     if (!s.gate) {
-        std::vector<char> host_y((size_t) s.ne11 * groups * CCQ2_Y_GROUP_SIZE);
+        std::vector<char>  host_y((size_t) s.ne11 * groups * CCQ2_Y_GROUP_SIZE);
         std::vector<float> host_dst((size_t) USED * s.nrows);
         CHECK(cudaMemcpy(host_y.data(), y, host_y.size(), cudaMemcpyDeviceToHost));
         CHECK(cudaMemcpy(host_dst.data(), dst, host_dst.size() * sizeof(float), cudaMemcpyDeviceToHost));
         error = error_of(s, x[0], host_y, host_ids, host_dst, row_size);
     }
 
-    const double bytes = (double) matrix * USED * (s.gate ? 2 : 1);
+    const double bytes  = (double) matrix * USED * (s.gate ? 2 : 1);
     const double kernel = gigabytes_per_second(bytes, [&](const int round, cudaStream_t stream) {
         ccq2_mmv_args b = a;
-        b.ids = ids + round * USED;
+        b.ids           = ids + round * USED;
         ccq2_mul_mat_vec_switch(b, 1, USED, 1, stream);
     });
 
@@ -211,11 +214,11 @@ static void measure(const shape & s) {
         const double read = gigabytes_per_second(bytes, [&](const int round, cudaStream_t stream) {
             for (int m = 0; m < (s.gate ? 2 : 1); ++m) {
                 const size_t units = matrix / 16;
-                const dim3 blocks((units + units_per_block - 1) / units_per_block, USED);
+                const dim3   blocks((units + units_per_block - 1) / units_per_block, USED);
                 read_experts<<<blocks, 256, 0, stream>>>((const uint4 *) x[m], ids + round * USED, units, units_per_block, dst);
             }
         });
-        best_read = fmax(best_read, read);
+        best_read         = fmax(best_read, read);
     }
     printf("%-34s %6.1f MB  ccq2 %6.0f GB/s  bare read %6.0f GB/s  %5.1f %%  error %.1e\n", s.name, bytes / 1e6, kernel,
            best_read, 100.0 * kernel / best_read, error);
@@ -229,9 +232,11 @@ int main() {
     CHECK(cudaGetDeviceProperties(&device, 0));
     printf("%s, one token, %d of %d experts\n", device.name, USED, EXPERTS);
     const shape shapes[] = {
-        { "300B gate or up, 3584 x 8192", 3584, 8192, 1, false }, { "300B gate and up and swiglu", 3584, 8192, 1, true },
-        { "300B down, 8192 x 3584", 8192, 3584, USED, false },    { "21B gate and up and swiglu", 1536, 2560, 1, true },
-        { "21B down, 2560 x 1536", 2560, 1536, USED, false },
+        { "300B gate or up, 3584 x 8192", 3584, 8192, 1,    false },
+        { "300B gate and up and swiglu",  3584, 8192, 1,    true  },
+        { "300B down, 8192 x 3584",       8192, 3584, USED, false },
+        { "21B gate and up and swiglu",   1536, 2560, 1,    true  },
+        { "21B down, 2560 x 1536",        2560, 1536, USED, false },
     };
     for (const shape & s : shapes) {
         measure(s);

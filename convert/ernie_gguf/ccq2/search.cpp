@@ -9,14 +9,14 @@
 #include <cstdint>
 
 #define GROUP    64
-#define QUADS    16 // code bytes of a group
+#define QUADS    16  // code bytes of a group
 #define LANES    16
-#define STEPS    5 // scales tried around the estimate: -2 ... 2
+#define STEPS    5  // scales tried around the estimate: -2 ... 2
 #define BOOK_RMS 16.5f
-#define ENTRY    5 // floats of a table entry: the codeword in the metric (4), minus half its square
+#define ENTRY    5  // floats of a table entry: the codeword in the metric (4), minus half its square
 
-typedef float vfloat __attribute__((vector_size(4 * LANES)));
-typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+typedef float    vfloat __attribute__((vector_size(4 * LANES)));
+typedef int32_t  vint __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * LANES)));
 
 struct code_map {
@@ -41,7 +41,7 @@ static inline vfloat clamp(vfloat x, float low, float high) {
     return x > high ? splat(high) : x;
 }
 
-static inline vfloat round_even(vfloat x) { // |x| < 2^22
+static inline vfloat round_even(vfloat x) {  // |x| < 2^22
     const vfloat magic = splat(12582912.0f);
     return (x + magic) - magic;
 }
@@ -75,17 +75,17 @@ static inline __attribute__((always_inline)) void nearest(const float * __restri
                                                           vint * __restrict best,
                                                           vfloat * __restrict top) {
     for (int s = 0; s < count; s++) {
-        top[s] = splat(-INFINITY);
+        top[s]  = splat(-INFINITY);
         best[s] = (vint) { 0 };
     }
     for (int code = 0; code < 256; code++) {
-        const float * e = table + ENTRY * code;
-        const vint here = code - (vint) { 0 };
+        const float * e    = table + ENTRY * code;
+        const vint    here = code - (vint) { 0 };
         for (int s = 0; s < count; s++) {
-            const vfloat score = y[s][0] * e[0] + (y[s][1] * e[1] + (y[s][2] * e[2] + (y[s][3] * e[3] + e[4])));
-            const vint better = score > top[s];
-            top[s] = better ? score : top[s];
-            best[s] = better ? here : best[s];
+            const vfloat score  = y[s][0] * e[0] + (y[s][1] * e[1] + (y[s][2] * e[2] + (y[s][3] * e[3] + e[4])));
+            const vint   better = score > top[s];
+            top[s]              = better ? score : top[s];
+            best[s]             = better ? here : best[s];
         }
     }
 }
@@ -93,8 +93,8 @@ static inline __attribute__((always_inline)) void nearest(const float * __restri
 // The nearest codeword of `n` targets [n][4]: its byte and its score. See encode.nearest.
 extern "C" void ccq_nearest(int64_t n, const float * targets, const float * table, uint8_t * codes, float * scores) {
     for (int64_t i = 0; i < n; i += STEPS * LANES) {
-        vfloat y[STEPS][4] = {}, top[STEPS];
-        vint best[STEPS];
+        vfloat        y[STEPS][4] = {}, top[STEPS];
+        vint          best[STEPS];
         const int64_t count = n - i < STEPS * LANES ? n - i : STEPS * LANES;
         for (int64_t k = 0; k < count; k++) {
             for (int j = 0; j < 4; j++) {
@@ -103,7 +103,7 @@ extern "C" void ccq_nearest(int64_t n, const float * targets, const float * tabl
         }
         nearest(table, STEPS, y, best, top);
         for (int64_t k = 0; k < count; k++) {
-            codes[i + k] = (uint8_t) best[k / LANES][k % LANES];
+            codes[i + k]  = (uint8_t) best[k / LANES][k % LANES];
             scores[i + k] = top[k / LANES][k % LANES];
         }
     }
@@ -116,20 +116,20 @@ static inline void times_4x4(const vfloat x[4], const float * a, vfloat out[4]) 
     }
 }
 
-static void feedback_lanes(int64_t stride,
+static void feedback_lanes(int64_t       stride,
                            const float * w,
                            const float * t,
-                           vfloat d,
+                           vfloat        d,
                            const float * metric,
                            const float * feed,
-                           code_map map,
+                           code_map      map,
                            const float * table,
-                           uint8_t * codes,
-                           uint8_t * scales,
-                           float * e,
-                           float * cost) {
+                           uint8_t *     codes,
+                           uint8_t *     scales,
+                           float *       e,
+                           float *       cost) {
     vfloat target[STEPS][GROUP], error[STEPS][GROUP], total[STEPS], scale[STEPS];
-    vint code[STEPS][QUADS];
+    vint   code[STEPS][QUADS];
     vfloat square = { 0 };
     for (int i = 0; i < GROUP; i++) {
         const vfloat x = load(t, stride, i);
@@ -156,7 +156,7 @@ static void feedback_lanes(int64_t stride,
                 y[s][j] *= unit;
             }
         }
-        vint best[STEPS];
+        vint   best[STEPS];
         vfloat top[STEPS];
         nearest(table + 256 * ENTRY * q, STEPS, y, best, top);
         for (int s = 0; s < STEPS; s++) {
@@ -166,7 +166,7 @@ static void feedback_lanes(int64_t stride,
             const vfloat step = d * scale[s];
             for (int j = 0; j < 4; j++) {
                 error[s][4 * q + j] = load(w, stride, 4 * q + j) - step * v[j];
-                rest[j] = target[s][4 * q + j] - step * v[j];
+                rest[j]             = target[s][4 * q + j] - step * v[j];
             }
             times_4x4(rest, metric + 16 * q, seen);
             total[s] += seen[0] * seen[0] + seen[1] * seen[1] + seen[2] * seen[2] + seen[3] * seen[3];
@@ -179,12 +179,12 @@ static void feedback_lanes(int64_t stride,
         }
     }
     vfloat least = total[0], chosen = scale[0];
-    vint which = { 0 };
+    vint   which = { 0 };
     for (int s = 1; s < STEPS; s++) {
         const vint better = total[s] < least;
-        least = better ? total[s] : least;
-        chosen = better ? scale[s] : chosen;
-        which = better ? s - (vint) { 0 } : which;
+        least             = better ? total[s] : least;
+        chosen            = better ? scale[s] : chosen;
+        which             = better ? s - (vint) { 0 } : which;
     }
     for (int i = 0; i < GROUP; i++) {
         vfloat x = error[0][i];
@@ -205,33 +205,33 @@ static void feedback_lanes(int64_t stride,
 }
 
 // Encode one group of columns of `n` rows, with the error fed forward inside the group. See kernels.feedback_group.
-extern "C" void ccq_feedback_group(int64_t n,
-                                   int64_t stride,
+extern "C" void ccq_feedback_group(int64_t          n,
+                                   int64_t          stride,
                                    const uint32_t * maps,
-                                   const float * w,
-                                   const float * t,
-                                   const float * d,
-                                   const float * metric,
-                                   const float * feed,
-                                   const float * tables,
-                                   const int32_t * member,
-                                   uint8_t * codes,
-                                   uint8_t * scales,
-                                   float * e,
-                                   float * cost) {
+                                   const float *    w,
+                                   const float *    t,
+                                   const float *    d,
+                                   const float *    metric,
+                                   const float *    feed,
+                                   const float *    tables,
+                                   const int32_t *  member,
+                                   uint8_t *        codes,
+                                   uint8_t *        scales,
+                                   float *          e,
+                                   float *          cost) {
     for (int64_t i = 0; i < n; i += LANES) {
-        const int32_t p = member[i / LANES];
+        const int32_t  p   = member[i / LANES];
         const code_map map = { maps[2 * p], maps[2 * p + 1] };
         feedback_lanes(stride, w + i, t + i, *(const vfloat *) (d + i), metric, feed, map,
                        tables + (int64_t) p * QUADS * 256 * ENTRY, codes + i, scales + i, e + i, cost + i);
     }
 }
 
-#define BLOCKS 4 // lane blocks that descend together, so that the search has independent chains
+#define BLOCKS 4  // lane blocks that descend together, so that the search has independent chains
 
 struct descent {
     vfloat e[GROUP], p[GROUP], v[GROUP], d, scale, cost;
-    vint code[QUADS];
+    vint   code[QUADS];
 };
 
 // Move the group's scale to the best integer for its codes.
@@ -260,24 +260,24 @@ static void descend_scale(descent * x, const float * h) {
     x->scale = scale;
 }
 
-static void descend_lanes(int blocks,
-                          int64_t stride,
+static void descend_lanes(int           blocks,
+                          int64_t       stride,
                           const float * w,
                           const float * d,
                           const float * h,
                           const float * inverse,
                           const float * metric,
-                          code_map map,
+                          code_map      map,
                           const float * table,
                           const float * p,
-                          uint8_t * codes,
-                          uint8_t * scales,
-                          float * e,
-                          float * cost) {
+                          uint8_t *     codes,
+                          uint8_t *     scales,
+                          float *       e,
+                          float *       cost) {
     descent x[BLOCKS];
     for (int b = 0; b < blocks; b++) {
-        x[b].d = *(const vfloat *) (d + LANES * b);
-        x[b].cost = *(const vfloat *) (cost + LANES * b);
+        x[b].d     = *(const vfloat *) (d + LANES * b);
+        x[b].cost  = *(const vfloat *) (cost + LANES * b);
         x[b].scale = __builtin_convertvector(load_bytes(scales + LANES * b), vfloat);
         for (int i = 0; i < GROUP; i++) {
             x[b].e[i] = load(e + LANES * b, stride, i);
@@ -291,12 +291,12 @@ static void descend_lanes(int blocks,
     }
     for (int q = 0; q < QUADS; q++) {
         vfloat y[STEPS][4];
-        vint best[STEPS];
+        vint   best[STEPS];
         vfloat top[STEPS];
         for (int b = 0; b < BLOCKS; b++) {
             const descent * lanes = &x[b < blocks ? b : 0];
-            vfloat rest[4], back[4];
-            for (int j = 0; j < 4; j++) { // P_k - E_k H_kk
+            vfloat          rest[4], back[4];
+            for (int j = 0; j < 4; j++) {  // P_k - E_k H_kk
                 rest[j] = lanes->p[4 * q + j];
                 for (int i = 0; i < 4; i++) {
                     rest[j] -= lanes->e[4 * q + i] * h[GROUP * (4 * q + i) + 4 * q + j];
@@ -314,14 +314,14 @@ static void descend_lanes(int blocks,
         }
         nearest(table + 256 * ENTRY * q, BLOCKS, y, best, top);
         for (int b = 0; b < blocks; b++) {
-            vfloat v[4];
+            vfloat       v[4];
             const vfloat step = x[b].d * x[b].scale;
-            x[b].code[q] = best[b];
+            x[b].code[q]      = best[b];
             decode(best[b], map, v);
             for (int j = 0; j < 4; j++) {
-                const vfloat moved = step * (v[j] - x[b].v[4 * q + j]);
+                const vfloat moved  = step * (v[j] - x[b].v[4 * q + j]);
                 const vfloat before = x[b].p[4 * q + j];
-                x[b].v[4 * q + j] = v[j];
+                x[b].v[4 * q + j]   = v[j];
                 x[b].e[4 * q + j] -= moved;
                 for (int i = 0; i < GROUP; i++) {
                     x[b].p[i] -= moved * h[GROUP * (4 * q + j) + i];
@@ -343,24 +343,24 @@ static void descend_lanes(int blocks,
 }
 
 // Revisit scale and codes of one group of columns of `n` rows. See kernels.descend_group.
-extern "C" void ccq_descend_group(int64_t n,
-                                  int64_t stride,
+extern "C" void ccq_descend_group(int64_t          n,
+                                  int64_t          stride,
                                   const uint32_t * maps,
-                                  const float * w,
-                                  const float * p,
-                                  const float * d,
-                                  const float * h,
-                                  const float * inverse,
-                                  const float * metric,
-                                  const float * tables,
-                                  const int32_t * member,
-                                  uint8_t * codes,
-                                  uint8_t * scales,
-                                  float * e,
-                                  float * cost) {
+                                  const float *    w,
+                                  const float *    p,
+                                  const float *    d,
+                                  const float *    h,
+                                  const float *    inverse,
+                                  const float *    metric,
+                                  const float *    tables,
+                                  const int32_t *  member,
+                                  uint8_t *        codes,
+                                  uint8_t *        scales,
+                                  float *          e,
+                                  float *          cost) {
     for (int64_t i = 0; i < n;) {
-        const int32_t a = member[i / LANES];
-        int blocks = 1;
+        const int32_t a      = member[i / LANES];
+        int           blocks = 1;
         while (blocks < BLOCKS && i + LANES * blocks < n && member[i / LANES + blocks] == a) {
             blocks++;
         }
