@@ -23,7 +23,7 @@ void dequantize_row_ccq2(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, 
 
     ccq_row_header h;
     memcpy(&h, x, sizeof(h));
-    const uint8_t * codes = ccq2_codes(x);
+    const uint8_t * codes  = ccq2_codes(x);
     const uint8_t * scales = ccq2_scales(x, k);
 
     for (int64_t g = 0; g < k / CCQ_GROUP; ++g) {
@@ -59,7 +59,7 @@ static float ccq2_nearest(const ccq2_book * book, const float * x, const float *
         const float e1 = x[1] - scale * book->v[1][b];
         const float e2 = x[2] - scale * book->v[2][b];
         const float e3 = x[3] - scale * book->v[3][b];
-        dist[b] = weight[0] * e0 * e0 + weight[1] * e1 * e1 + weight[2] * e2 * e2 + weight[3] * e3 * e3;
+        dist[b]        = weight[0] * e0 * e0 + weight[1] * e1 * e1 + weight[2] * e2 * e2 + weight[3] * e3 * e3;
     }
     int best = 0;
     for (int b = 1; b < 256; ++b) {
@@ -89,13 +89,13 @@ static float ccq2_rms(const float * x, int n) {
 static int ccq2_search_scale(const ccq2_book * book, const float * x, const float * weight, float d, uint8_t * codes) {
     const int expected = (int) roundf(ccq2_rms(x, CCQ_GROUP) / (CCQ2_BOOK_RMS * d));
 
-    int best = 0;
-    float best_error = INFINITY;
+    int     best       = 0;
+    float   best_error = INFINITY;
     uint8_t trial[CCQ_GROUP / 4];
     for (int s = MAX(0, expected - 2); s <= MIN(15, expected + 2); ++s) {
         const float error = ccq2_encode_group(book, x, weight, s * d, trial);
         if (error < best_error) {
-            best = s;
+            best       = s;
             best_error = error;
             memcpy(codes, trial, sizeof(trial));
         }
@@ -104,8 +104,12 @@ static int ccq2_search_scale(const ccq2_book * book, const float * x, const floa
 }
 
 // adds x.y and x.x of a group to the sums, where y is its decoded form
-static void
-ccq2_add_products(const ccq2_book * book, const float * x, float scale, const uint8_t * codes, double * xy, double * xx) {
+static void ccq2_add_products(const ccq2_book * book,
+                              const float *     x,
+                              float             scale,
+                              const uint8_t *   codes,
+                              double *          xy,
+                              double *          xx) {
     for (int i = 0; i < CCQ_GROUP; ++i) {
         *xy += (double) (x[i] * scale * book->v[i % 4][codes[i / 4]]);
         *xx += (double) (x[i] * x[i]);
@@ -118,19 +122,19 @@ static void ccq2_encode_row(const ccq2_book * book, const float * x, const float
     float top = 0.0f;
     for (int64_t g = 0; g < k / CCQ_GROUP && isfinite(top); ++g) {
         const float rms = ccq2_rms(x + g * CCQ_GROUP, CCQ_GROUP);
-        top = rms <= top ? top : rms;
+        top             = rms <= top ? top : rms;
     }
     ccq_row_header h = { CCQ2_REF_M, CCQ2_REF_Z, top / (CCQ2_BOOK_RMS * CCQ2_TOP_SCALE), 0 };
     memcpy(row, &h, sizeof(h));
     if (!(h.d > 0.0f) || !isfinite(h.d)) {
-        return; // a row of zeros decodes to zeros; one that is not finite has a d that is not, which validation refuses
+        return;  // a row of zeros decodes to zeros; one that is not finite has a d that is not, which validation refuses
     }
 
-    uint8_t * codes = (uint8_t *) row + sizeof(h);
+    uint8_t * codes  = (uint8_t *) row + sizeof(h);
     uint8_t * scales = codes + k / 4;
-    float weight[CCQ_GROUP];
-    double xy = 0.0;
-    double xx = 0.0;
+    float     weight[CCQ_GROUP];
+    double    xy = 0.0;
+    double    xx = 0.0;
     for (int64_t g = 0; g < k / CCQ_GROUP; ++g) {
         for (int i = 0; i < CCQ_GROUP; ++i) {
             weight[i] = imatrix ? imatrix[g * CCQ_GROUP + i] : 1.0f;
@@ -148,8 +152,10 @@ static void ccq2_encode_row(const ccq2_book * book, const float * x, const float
     }
 }
 
-size_t quantize_ccq2(
-    const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+// clang-format off
+size_t quantize_ccq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst,
+    int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    // clang-format on
     const size_t row_size = ggml_row_size(GGML_TYPE_CCQ2, n_per_row);
 
     ccq2_book book;
@@ -167,7 +173,7 @@ void quantize_row_ccq2_ref(const float * GGML_RESTRICT x, void * GGML_RESTRICT y
 bool validate_row_ccq2(const void * data, size_t nbytes) {
     // the padding is smaller than a block, so the size of a row gives its length
     const size_t block = CCQ2_CODE_SIZE + CCQ2_SCALE_SIZE;
-    const size_t nb = nbytes < sizeof(ccq_row_header) ? 0 : (nbytes - sizeof(ccq_row_header)) / block;
+    const size_t nb    = nbytes < sizeof(ccq_row_header) ? 0 : (nbytes - sizeof(ccq_row_header)) / block;
     if (nb == 0 || ggml_row_size(GGML_TYPE_CCQ2, nb * QK_CCQ) != nbytes) {
         fprintf(stderr, "%s: no ccq2 row has %zu bytes\n", __func__, nbytes);
         return false;

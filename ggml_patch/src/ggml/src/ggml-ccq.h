@@ -21,9 +21,9 @@
 extern "C" {
 #endif
 
-#define QK_CCQ        256 // weights in a block
-#define CCQ_GROUP     64  // weights that share a group scale
-#define CCQ_OFFSET    32  // what the windows of a code are above the weights
+#define QK_CCQ        256  // weights in a block
+#define CCQ_GROUP     64   // weights that share a group scale
+#define CCQ_OFFSET    32   // what the windows of a code are above the weights
 #define CCQ_ROW_ALIGN 16
 
 // bytes of codes and of group scales that a block adds to a row
@@ -40,7 +40,7 @@ extern "C" {
 typedef struct {
     uint32_t M;
     uint32_t Z;
-    float d;
+    float    d;
     uint32_t zero;
 } ccq_row_header;
 
@@ -75,8 +75,10 @@ static inline int ccq2_scale(const uint8_t * scales, int64_t g) {
 GGML_API void dequantize_row_ccq2(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
 GGML_API void quantize_row_ccq2_ref(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 
-GGML_API size_t quantize_ccq2(
-    const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+// clang-format off
+GGML_API size_t quantize_ccq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst,
+    int64_t nrows, int64_t n_per_row, const float * imatrix);
+// clang-format on
 
 // true if the bytes are one valid row
 GGML_API bool validate_row_ccq2(const void * data, size_t nbytes);

@@ -12,10 +12,10 @@ static inline __m256i ccq2_unpack_avx2(const uint8_t * codes, __m256i M, __m256i
     // the high half of u, doubled into both halves of its lane, has the windows at bits 10, 7, 4 and 1
     const __m256i high_half_twice =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
-    const __m256i shift_even = _mm256_set1_epi32((1 << 6) | (1 << (16 + 12))); // >> 10 and >> 4, as the high half of a product
-    const __m256i shift_odd = _mm256_set1_epi32((1 << 1) | (1 << (16 + 7)));   // << 1 and << 7
-    const __m256i even = _mm256_set1_epi16(0x003f);
-    const __m256i odd = _mm256_set1_epi16(0x3f00);
+    const __m256i shift_even = _mm256_set1_epi32((1 << 6) | (1 << (16 + 12)));  // >> 10 and >> 4, as the high half of a product
+    const __m256i shift_odd  = _mm256_set1_epi32((1 << 1) | (1 << (16 + 7)));   // << 1 and << 7
+    const __m256i even       = _mm256_set1_epi16(0x003f);
+    const __m256i odd        = _mm256_set1_epi16(0x3f00);
 
     const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) codes));
     const __m256i u = _mm256_add_epi32(_mm256_mullo_epi32(b, M), Z);
@@ -24,7 +24,7 @@ static inline __m256i ccq2_unpack_avx2(const uint8_t * codes, __m256i M, __m256i
                            _mm256_and_si256(_mm256_mullo_epi16(h, shift_odd), odd));
 }
 
-#endif // __AVX2__
+#endif  // __AVX2__
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 
@@ -34,10 +34,10 @@ static inline __m512i ccq2_unpack_avx512(const uint8_t * codes, __m512i M, __m51
     // the windows of u lie at bits 26, 23, 20 and 17, and those of the odd u of a pair 32 higher
     const __m512i window_bits = _mm512_set1_epi64(0x3134373a1114171a);
 
-    const __m512i b = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i *) codes));
-    const __m512i u = _mm512_add_epi32(_mm512_mullo_epi32(b, M), Z);
+    const __m512i b       = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i *) codes));
+    const __m512i u       = _mm512_add_epi32(_mm512_mullo_epi32(b, M), Z);
     const __m512i windows = _mm512_maskz_multishift_epi64_epi8(UINT64_MAX, window_bits, u);
     return _mm512_and_si512(windows, _mm512_set1_epi8(63));
 }
 
-#endif // __AVX512VBMI__ && __AVX512BW__
+#endif  // __AVX512VBMI__ && __AVX512BW__

@@ -19,8 +19,10 @@ _Static_assert(QK_CCQ == QK_K, "a ccq2 block meets one q8_K block");
 // Both kernels sum scale * (window . y - 32 * sum(y)) over the groups of a block: the windows are unsigned bytes, and the
 // sums of the activations come with q8_K (bsums, one per 16 elements).
 
+// clang-format off
 void ggml_vec_dot_ccq2_q8_K_generic(
     int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
+    // clang-format on
     assert(n % QK_CCQ == 0);
     assert(nrc == 1);
     GGML_UNUSED(bs);
@@ -30,9 +32,9 @@ void ggml_vec_dot_ccq2_q8_K_generic(
 
     ccq_row_header h;
     memcpy(&h, vx, sizeof(h));
-    const uint8_t * codes = ccq2_codes(vx);
-    const uint8_t * scales = ccq2_scales(vx, n);
-    const block_q8_K * y = vy;
+    const uint8_t *    codes  = ccq2_codes(vx);
+    const uint8_t *    scales = ccq2_scales(vx, n);
+    const block_q8_K * y      = vy;
 
     float sum = 0.0f;
     for (int ib = 0; ib < n / QK_CCQ; ++ib) {
@@ -90,30 +92,30 @@ static inline __m256i ccq2_block_avx512(const uint8_t * codes, const int8_t * y,
 
     __m512i sum = _mm512_setzero_si512();
     for (int g = 0; g < QK_CCQ / CCQ_GROUP; ++g) {
-        const __m512i windows = ccq2_unpack_avx512(codes + g * CCQ_GROUP / 4, M2, Z2);
-        const __m512i p = _mm512_maddubs_epi16(windows, _mm512_loadu_si512(y + g * CCQ_GROUP));
+        const __m512i windows     = ccq2_unpack_avx512(codes + g * CCQ_GROUP / 4, M2, Z2);
+        const __m512i p           = _mm512_maddubs_epi16(windows, _mm512_loadu_si512(y + g * CCQ_GROUP));
         const __m512i group_scale = _mm512_permutexvar_epi64(_mm512_set1_epi64(g), _mm512_castsi256_si512(scale));
-        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(p, group_scale));
+        sum                       = _mm512_add_epi32(sum, _mm512_madd_epi16(p, group_scale));
     }
     return _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
 }
 
-#endif // __AVX512VBMI__ && __AVX512BW__
+#endif  // __AVX512VBMI__ && __AVX512BW__
 
 static inline float ccq2_hsum_avx2(__m256 x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    sum = _mm_add_ss(sum, _mm_movehdup_ps(sum));
+    sum        = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    sum        = _mm_add_ss(sum, _mm_movehdup_ps(sum));
     return _mm_cvtss_f32(sum);
 }
 
 static void ccq2_vec_dot_x86(int n, float * s, const void * vx, const block_q8_K * y) {
     ccq_row_header h;
     memcpy(&h, vx, sizeof(h));
-    const uint8_t * codes = ccq2_codes(vx);
+    const uint8_t * codes  = ccq2_codes(vx);
     const uint8_t * scales = ccq2_scales(vx, n);
-    const __m256i M = _mm256_set1_epi32((int) h.M);
-    const __m256i Z = _mm256_set1_epi32((int) h.Z);
+    const __m256i   M      = _mm256_set1_epi32((int) h.M);
+    const __m256i   Z      = _mm256_set1_epi32((int) h.Z);
 
     __m256 sum = _mm256_setzero_ps();
     for (int ib = 0; ib < n / QK_CCQ; ++ib) {
@@ -121,20 +123,20 @@ static void ccq2_vec_dot_x86(int n, float * s, const void * vx, const block_q8_K
         const __m256i bsums = _mm256_loadu_si256((const __m256i *) y[ib].bsums);
 
         const uint8_t * c = codes + ib * CCQ2_CODE_SIZE;
-        const int8_t * q = y[ib].qs;
+        const int8_t *  q = y[ib].qs;
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
         const __m256i windows = ccq2_block_avx512(c, q, M, Z, scale);
 #else
         const __m256i windows = ccq2_block_avx2(c, q, M, Z, scale);
 #endif
-        const __m256i offsets = _mm256_slli_epi32(_mm256_madd_epi16(bsums, scale), 5); // 32 * scale * sum(y)
-        const __m256i block = _mm256_sub_epi32(windows, offsets);
-        sum = _mm256_fmadd_ps(_mm256_set1_ps(y[ib].d), _mm256_cvtepi32_ps(block), sum);
+        const __m256i offsets = _mm256_slli_epi32(_mm256_madd_epi16(bsums, scale), 5);  // 32 * scale * sum(y)
+        const __m256i block   = _mm256_sub_epi32(windows, offsets);
+        sum                   = _mm256_fmadd_ps(_mm256_set1_ps(y[ib].d), _mm256_cvtepi32_ps(block), sum);
     }
     *s = h.d * ccq2_hsum_avx2(sum);
 }
 
-#endif // __AVX2__
+#endif  // __AVX2__
 
 void ggml_vec_dot_ccq2_q8_K(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
 #if defined(__AVX2__)

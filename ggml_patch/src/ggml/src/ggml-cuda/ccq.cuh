@@ -22,8 +22,8 @@ static __device__ __forceinline__ int ccq2_and_xor(const uint32_t a, const uint3
 // bit takes the offset of 32 off. Left shifts can run on the multiply pipe, so this is four instructions of each pipe
 // together with the dot product that follows.
 static __device__ __forceinline__ int ccq2_unpack(const uint32_t codes, const int i, const uint32_t M, const uint32_t Z) {
-    const uint32_t b = __byte_perm(codes, 0, 0x4440 + i);
-    const uint32_t u = b * M + Z;
+    const uint32_t b     = __byte_perm(codes, 0, 0x4440 + i);
+    const uint32_t u     = b * M + Z;
     const uint32_t pairs = __byte_perm(u, u << 6, 0x7632);
     const uint32_t bytes = __byte_perm(pairs, pairs << 3, 0x7351);
     return ccq2_and_xor(bytes, 0xfcfcfcfc, 0x80808080);
@@ -44,29 +44,18 @@ static __device__ __forceinline__ float ccq2_group_scale(const char * row, const
 }
 
 // at most MMVQ_MAX_BATCH_SIZE columns, or tokens with ids
-void ggml_cuda_mul_mat_vec_ccq2(ggml_backend_cuda_context & ctx,
-                                const ggml_tensor * src0,
-                                const ggml_tensor * src1,
-                                const ggml_tensor * ids,
-                                ggml_tensor * dst,
+void ggml_cuda_mul_mat_vec_ccq2(ggml_backend_cuda_context &           ctx,
+                                const ggml_tensor *                   src0,
+                                const ggml_tensor *                   src1,
+                                const ggml_tensor *                   ids,
+                                ggml_tensor *                         dst,
                                 const ggml_cuda_mm_fusion_args_host * fusion);
 
 // as get_rows_cuda, for src0 of type ccq2
-void get_rows_ccq2_cuda(const void * src0_d,
-                        const int32_t * src1_d,
-                        void * dst_d,
-                        ggml_type dst_type,
-                        int64_t ne00,
-                        size_t nb01,
-                        size_t nb02,
-                        size_t nb03,
-                        int64_t ne10,
-                        int64_t ne11,
-                        int64_t ne12,
-                        size_t nb10,
-                        size_t nb11,
-                        size_t nb12,
-                        size_t nb1,
-                        size_t nb2,
-                        size_t nb3,
-                        cudaStream_t stream);
+// clang-format off
+void get_rows_ccq2_cuda(
+        const void * src0_d, const int32_t * src1_d, void * dst_d, ggml_type dst_type,
+        int64_t ne00, size_t nb01, size_t nb02, size_t nb03,
+        int64_t ne10, int64_t ne11, int64_t ne12, size_t nb10, size_t nb11, size_t nb12,
+        size_t nb1, size_t nb2, size_t nb3, cudaStream_t stream);
+// clang-format on

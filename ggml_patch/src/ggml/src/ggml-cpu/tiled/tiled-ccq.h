@@ -15,21 +15,13 @@ struct ccq2_row {};
 // With AVX-512 a subblock is a whole group and the kernel takes the offset off (BIAS). The AVX2 kernel knows no subblocks
 // of 64, and takes the offset off as the minimum of a subblock of 32.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define CCQ2_TILED 64, false, CCQ_OFFSET, false
-static constexpr int CCQ2_SUBBLK = 64;
-// in tiled-kernel-ccq.h
-template <>
-void tiled_run_microtile<CCQ2_TILED>(const tiled_tile_src0 & src0,
-                                     const tiled_tile_src1 & src1,
-                                     int i0,
-                                     int j0,
-                                     int num_k,
-                                     int slab,
-                                     float * buf,
-                                     int buf_stride);
+static constexpr int  CCQ2_SUBBLK  = CCQ_GROUP;
+static constexpr bool CCQ2_HAS_MIN = false;
+static constexpr int  CCQ2_BIAS    = CCQ_OFFSET;
 #else
-#define CCQ2_TILED 32, true, 0, false
-static constexpr int CCQ2_SUBBLK = 32;
+static constexpr int  CCQ2_SUBBLK  = 32;
+static constexpr bool CCQ2_HAS_MIN = true;
+static constexpr int  CCQ2_BIAS    = 0;
 #endif
 
 // the windows of one block
@@ -63,22 +55,22 @@ tiled_unpack_src0_ccq2(const char * rows, size_t row_size, int64_t k, int kblk, 
     constexpr int NB = TILED_TILE_K / CCQ2_SUBBLK;
 
     for (int r = 0; r < n_rows; r++) {
-        const char * row = rows + r * row_size;
+        const char *   row = rows + r * row_size;
         ccq_row_header h;
         memcpy(&h, row, sizeof(h));
-        const uint8_t * codes = ccq2_codes(row);
+        const uint8_t * codes  = ccq2_codes(row);
         const uint8_t * scales = ccq2_scales(row, k);
 
         for (int slab = 0; slab < num_k; slab++) {
-            const int block = kblk + slab;
-            const int d_off = slab * TILED_MICRO + r;
-            const int s_off = (r * num_k + slab) * NB;
-            tile->d[d_off] = h.d;
+            const int block   = kblk + slab;
+            const int d_off   = slab * TILED_MICRO + r;
+            const int s_off   = (r * num_k + slab) * NB;
+            tile->d[d_off]    = h.d;
             tile->dmin[d_off] = h.d;
             for (int s = 0; s < NB; s++) {
-                const int scale = ccq2_scale(scales + block * CCQ2_SCALE_SIZE, s * CCQ2_SUBBLK / CCQ_GROUP);
+                const int scale         = ccq2_scale(scales + block * CCQ2_SCALE_SIZE, s * CCQ2_SUBBLK / CCQ_GROUP);
                 tile->scales[s_off + s] = scale;
-                tile->mins[s_off + s] = CCQ_OFFSET * scale;
+                tile->mins[s_off + s]   = CCQ_OFFSET * scale;
             }
             ccq2_unpack_block(codes + block * CCQ2_CODE_SIZE, h, &tile->q[(r * num_k + slab) * TILED_TILE_K]);
         }
