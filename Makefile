@@ -120,10 +120,11 @@ quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests \
 	    --llama-cpp $(CPU)/bin
 
-lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, clang-format
+lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror --style=file:ggml_patch/.clang-format $(C_SOURCES)
 
 format: $(VENV)/.extras-$(EXTRAS) ## rewrite our Python, C and CUDA files in the style that lint checks

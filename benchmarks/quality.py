@@ -39,8 +39,8 @@ from common import (
     progress,
     report,
 )
+from ernie_gguf.ccq2.rows import ccq2_row_size
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
-from ernie_gguf.gguf_file.types import ccq2_row_size
 from rich.table import Table
 
 TOOLS = ("llama-perplexity", "llama-imatrix", "llama-quantize")

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from ernie_gguf.ccq2.code_maps import CODE_MAPS
-from ernie_gguf.gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, padded, write_header
-from ernie_gguf.gguf_file.types import ccq2_row_size
+from ernie_gguf.ccq2.rows import ccq2_row_size
+from ernie_gguf.gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, padded
+from ernie_gguf.gguf_file.writer import write_header
 from gguf import GGUFWriter
 
 ARCH = "ernie4_5-moe"

@@ -187,7 +187,7 @@ app.command()(chat)
 
 def _mention_leftovers(folder: Path) -> None:
     """Name what runs that were killed have left behind; their names and first bytes say that they are no models."""
-    from .write import leftovers  # noqa: PLC0415
+    from .files import leftovers  # noqa: PLC0415
 
     for path in leftovers(folder):
         sys.stderr.write(f"note: {path} is left from a run that was killed; remove it\n")

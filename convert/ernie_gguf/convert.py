@@ -13,14 +13,15 @@ from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.shards import TensorHeader, read_headers
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
+from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype
-from .gguf_file.reader import add_tensor, free_bytes, unfinished
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
 from .gguf_file.types import GgmlType
-from .metadata import set_inexact_rows, write_layout, write_metadata
+from .gguf_file.writer import add_tensor, unfinished
+from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata
 from .plan import Plan, make_plan
 from .transform import Inexact
-from .write import Progress, data_nbytes, replacing, write_tensors
+from .write import Progress, data_nbytes, write_tensors
 
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
 
@@ -129,6 +130,7 @@ def run(
         for number, (temporary, part) in enumerate(zip(temporaries, files, strict=True)):
             with unfinished(temporary, header(job, files, number)) as (fd, data_offset):
                 inexact |= write_tensors(part, fd, data_offset, threads, progress)
-        set_inexact_rows(temporaries[0], sum(lost.missed_rows for lost in inexact.values()))
+        if repacks_two_bits(job.plan):
+            set_inexact_rows(temporaries[0], sum(each.missed_rows for each in inexact.values()))
         nbytes = sum(temporary.stat().st_size for temporary in temporaries)
     return Result(tuple(paths), nbytes, time.monotonic() - begin, inexact)

@@ -4,6 +4,7 @@ One difference: upstream writes `intermediate_size // num_key_value_heads` as th
 right for the 21B by luck; the width is `moe_intermediate_size * moe_num_shared_experts`.
 """
 
+import struct
 from pathlib import Path
 
 from gguf import GGUFWriter
@@ -14,8 +15,8 @@ from .checkpoint.config import ErnieConfig, MoeConfig
 from .checkpoint.paddle_ccq import CCQ2
 from .checkpoint.vocab import Vocab
 from .gguf_file.outtype import Outtype
-from .gguf_file.reader import LAYOUT_KEY, LAYOUT_VERSION, set_uint32
-from .gguf_file.types import GgmlType
+from .gguf_file.reader import value_offset
+from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, GgmlType
 from .plan import Plan
 
 INEXACT_KEY = "ernie_gguf.ccq.inexact_rows"  # of a repacked 2-bit checkpoint
@@ -85,9 +86,16 @@ def write_layout(writer: GGUFWriter, plan: Plan) -> None:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
 
 
+def repacks_two_bits(plan: Plan) -> bool:
+    """Whether experts of Baidu's 2-bit checkpoint are among the sources."""
+    return any(part.source.storage is CCQ2 for tensor in plan.tensors for part in tensor.parts)
+
+
 def set_inexact_rows(path: Path, rows: int) -> None:
     """Say in a written file how many rows of Baidu's 2-bit experts have no exact integer code map."""
-    set_uint32(path, INEXACT_KEY, rows)
+    with path.open("r+b") as file:
+        file.seek(value_offset(path, INEXACT_KEY))
+        file.write(struct.pack("<I", rows))
 
 
 def write_metadata(writer: GGUFWriter, name: str, config: ErnieConfig, vocab: Vocab, plan: Plan) -> None:
@@ -98,7 +106,7 @@ def write_metadata(writer: GGUFWriter, name: str, config: ErnieConfig, vocab: Vo
     writer.add_file_type(FILE_TYPES[plan.outtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_layout(writer, plan)
-    if any(part.source.storage is CCQ2 for tensor in plan.tensors for part in tensor.parts):
+    if repacks_two_bits(plan):
         writer.add_uint32(INEXACT_KEY, 0)  # set when all rows are written
     _write_model(writer, config)
     if config.moe is not None:

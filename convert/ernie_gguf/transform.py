@@ -8,23 +8,19 @@ For the standard types the bytes are those that llama.cpp's own converter writes
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
+from .arrays import F16, F32, U8, AnyArray, Bool
 from .ccq2 import rows as ccq2
 from .ccq2.encode import encode_rows
 from .ccq2.fit import affine_codes, fit_codes
+from .ccq2.rows import ccq2_row_size
 from .checkpoint.values import CcqChannels, ChannelInts, FloatRows, Values, to_float32
 from .errors import EncodeError
-from .gguf_file.types import BLOCKS, GgmlType, ccq2_row_size
-
-Rows = npt.NDArray[Any]  # [rows, K] in the checkpoint's dtype; bfloat16 as uint16
-F32Rows = npt.NDArray[np.float32]  # [rows, K]
-ByteRows = npt.NDArray[np.uint8]  # [rows, row_size]
+from .gguf_file.types import BLOCKS, GgmlType
 
 
 @dataclass(frozen=True)
@@ -65,23 +61,23 @@ ALL_EXACT = Inexact()
 VERBATIM = {("BF16", GgmlType.BF16), ("F16", GgmlType.F16), ("F32", GgmlType.F32)}
 
 
-def _fail(rows: F32Rows, bad: npt.NDArray[np.bool_], problem: str) -> EncodeError:
+def _fail(rows: F32, bad: Bool, problem: str) -> EncodeError:
     row, column = (int(i) for i in np.argwhere(bad)[0])
     return EncodeError(row, column, f"{rows[row, column]:g} {problem}")
 
 
-def to_f32(rows: F32Rows) -> ByteRows:
+def to_f32(rows: F32) -> U8:
     """[rows, K] -> [rows, 4K]."""
     return rows.view(np.uint8)
 
 
-def to_bf16(rows: F32Rows) -> ByteRows:
+def to_bf16(rows: F32) -> U8:
     """[rows, K] -> [rows, 2K], nearest even."""
-    out: ByteRows = quantize(rows, GGMLQuantizationType.BF16)
+    out: U8 = quantize(rows, GGMLQuantizationType.BF16)
     return out
 
 
-def to_f16(rows: F32Rows) -> ByteRows:
+def to_f16(rows: F32) -> U8:
     """[rows, K] -> [rows, 2K], nearest even; a finite value beyond f16 is an error, not an infinity."""
     with np.errstate(over="ignore"):
         out = rows.astype(np.float16)
@@ -91,26 +87,26 @@ def to_f16(rows: F32Rows) -> ByteRows:
     return out.view(np.uint8)
 
 
-def to_q8_0(rows: F32Rows) -> ByteRows:
+def to_q8_0(rows: F32) -> U8:
     """[rows, K] -> [rows, K/32*34]; every block's scale must be a finite f16."""
     blocks = np.abs(rows).reshape(rows.shape[0], -1, 32).max(-1)
     limit = np.float32(127 * 65504)
     if not (blocks <= limit).all():
         raise _fail(rows, ~(np.abs(rows) <= limit), "has no place in q8_0; it holds finite values up to 8.3e6")
-    out: ByteRows = quantize(rows, GGMLQuantizationType.Q8_0)
+    out: U8 = quantize(rows, GGMLQuantizationType.Q8_0)
     return out
 
 
-def to_q4_0(rows: F32Rows) -> ByteRows:
+def to_q4_0(rows: F32) -> U8:
     """[rows, K] -> [rows, K/32*18]; every block's scale must be a finite f16."""
     limit = np.float32(8 * 65504)
     if not (np.abs(rows) <= limit).all():
         raise _fail(rows, ~(np.abs(rows) <= limit), "has no place in q4_0; it holds finite values up to 5.2e5")
-    out: ByteRows = quantize(rows, GGMLQuantizationType.Q4_0)
+    out: U8 = quantize(rows, GGMLQuantizationType.Q4_0)
     return out
 
 
-ENCODERS: dict[GgmlType, Callable[[F32Rows], ByteRows]] = {
+ENCODERS: dict[GgmlType, Callable[[F32], U8]] = {
     GgmlType.F32: to_f32,
     GgmlType.BF16: to_bf16,
     GgmlType.F16: to_f16,
@@ -120,14 +116,14 @@ ENCODERS: dict[GgmlType, Callable[[F32Rows], ByteRows]] = {
 }
 
 
-def transform_rows(rows: Rows, dtype: str, ggml_type: GgmlType) -> ByteRows:
+def transform_rows(rows: AnyArray, dtype: str, ggml_type: GgmlType) -> U8:
     """The bytes of `rows` in GGUF type `ggml_type`; raises EncodeError for values without a place in it."""
     if (dtype, ggml_type) in VERBATIM:
         return rows.view(np.uint8)
     return ENCODERS[ggml_type](to_float32(rows, dtype))
 
 
-def _block_scales(scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], Inexact]:
+def _block_scales(scale: F32) -> tuple[F16, Inexact]:
     """The f16 scale of each row's blocks, and what rounding to it lost."""
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
@@ -140,9 +136,7 @@ def _block_scales(scale: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float1
     return half, Inexact(len(scale), rounded_scales=int(rounded.sum()), scale_error=worst)
 
 
-def _fill_blocks(
-    ints: npt.NDArray[Any], scale: npt.NDArray[np.float32], ggml_type: GgmlType
-) -> tuple[ByteRows, Inexact]:
+def _fill_blocks(ints: AnyArray, scale: F32, ggml_type: GgmlType) -> tuple[U8, Inexact]:
     """Blocks [n, K/32, bytes] behind their f16 scale."""
     half, inexact = _block_scales(scale)
     n, blocks, _ = ints.shape
@@ -152,20 +146,20 @@ def _fill_blocks(
     return out.reshape(n, -1), inexact
 
 
-def ints_to_q8_0(values: ChannelInts) -> tuple[ByteRows, Inexact]:
+def ints_to_q8_0(values: ChannelInts) -> tuple[U8, Inexact]:
     """Exact but for the scale's rounding to f16."""
     n, k = values.q.shape
     return _fill_blocks(values.q.reshape(n, k // 32, 32), values.scale, GgmlType.Q8_0)
 
 
-def ints_to_q4_0(values: ChannelInts) -> tuple[ByteRows, Inexact]:
+def ints_to_q4_0(values: ChannelInts) -> tuple[U8, Inexact]:
     """Exact but for the scale's rounding to f16. Byte j of a block holds weight j (low nibble) and j + 16 (high)."""
     n, k = values.q.shape
     stored = (values.q + np.int8(8)).view(np.uint8).reshape(n, k // 32, 2, 16)
     return _fill_blocks(stored[:, :, 0] | stored[:, :, 1] << 4, values.scale, GgmlType.Q4_0)
 
 
-def channels_to_ccq2(values: CcqChannels) -> tuple[ByteRows, Inexact]:
+def channels_to_ccq2(values: CcqChannels) -> tuple[U8, Inexact]:
     """Baidu's rows as ccq2 rows: codes and group scales byte for byte, M and Z fitted to the affine code map."""
     n, quads = values.codes.shape
     if not (finite := np.isfinite(values.super_scale)).all():
@@ -178,7 +172,7 @@ def channels_to_ccq2(values: CcqChannels) -> tuple[ByteRows, Inexact]:
     return out, Inexact(n, int(np.count_nonzero(fit.missed)), int(fit.missed.sum()))
 
 
-def dequantize(values: Values) -> F32Rows:
+def dequantize(values: Values) -> F32:
     """The weights as float32, each product rounded once."""
     if isinstance(values, FloatRows):
         return to_float32(values.rows, values.dtype)
@@ -189,11 +183,11 @@ def dequantize(values: Values) -> F32Rows:
     n, quads = codes.shape
     weights = ccq2.windows(codes).reshape(n, -1, ccq2.GROUP).astype(np.float32)
     groups = np.stack((values.scales >> 4, values.scales & 15), -1).reshape(n, -1).astype(np.float32)
-    out: F32Rows = ((groups * values.super_scale[:, None])[..., None] * weights).reshape(n, 4 * quads)
+    out: F32 = ((groups * values.super_scale[:, None])[..., None] * weights).reshape(n, 4 * quads)
     return out
 
 
-def encode_values(values: Values, ggml_type: GgmlType) -> tuple[ByteRows, Inexact]:
+def encode_values(values: Values, ggml_type: GgmlType) -> tuple[U8, Inexact]:
     """The bytes of rows in GGUF type `ggml_type`, and what an exact repack lost; raises EncodeError."""
     if isinstance(values, FloatRows):
         return transform_rows(values.rows, values.dtype, ggml_type), ALL_EXACT

@@ -1,27 +1,26 @@
-"""Execute: carry out a plan, a piece at a time.
+"""Write: carry out a plan, a piece at a time.
 
 The plan gives every output row its place in the file, so pieces of a few megabytes are read, transformed and written
-independently by a small pool of threads. Memory is the pieces in flight: threads times piece size times a small
-factor, whatever the model's size. The output appears under its name only when it is complete.
+independently by a few threads. Memory is the pieces in flight: threads times piece size times a small factor,
+whatever the model's size.
 """
 
 import os
-import re
-import secrets
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from .checkpoint.shards import ShardReader
 from .checkpoint.storage import ROWS
-from .errors import EncodeError, OutputError
-from .gguf_file.reader import padded
+from .errors import EncodeError
+from .files import pwrite
+from .gguf_file.types import padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values
+from .workers import in_order
 
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
 
@@ -74,13 +73,6 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
                 yield piece
 
 
-def pwrite(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`."""
-    while data:
-        n = os.pwrite(fd, data, offset)
-        data, offset = data[n:], offset + n
-
-
 def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> int:
     """Copy inside the kernel as far as it goes; returns the bytes copied.
 
@@ -128,64 +120,16 @@ def write_tensors(
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
     inexact: dict[str, Inexact] = {}
-    with ShardReader() as reader, ThreadPoolExecutor(threads) as pool:
+
+    def written(piece: Piece) -> tuple[Piece, Inexact]:
+        return piece, _write_piece(reader, fd, piece)
+
+    with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
         reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
-        pending: deque[tuple[Piece, Future[Inexact]]] = deque()
-
-        def finish() -> None:
-            piece, future = pending.popleft()
-            lost = future.result()
-            if lost.rows:
-                inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + lost
-            progress(piece.nbytes)
-
-        try:
-            for piece in pieces(plan, data_offset):
-                if skip(piece.tensor):
-                    continue
-                pending.append((piece, pool.submit(_write_piece, reader, fd, piece)))
-                if len(pending) > 2 * threads:
-                    finish()
-            while pending:
-                finish()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        wanted = (piece for piece in pieces(plan, data_offset) if not skip(piece.tensor))
+        with closing(in_order((partial(written, piece) for piece in wanted), executor, 2 * threads)) as results:
+            for piece, found in results:
+                if found.rows:
+                    inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + found
+                progress(piece.nbytes)
     return inexact
-
-
-_TEMPORARY = re.compile(r"\.ernie-gguf-(\d+)-[0-9a-f]{8}\.tmp")
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of processes that are no more."""
-    found = [(path, _TEMPORARY.fullmatch(path.name)) for path in sorted(folder.glob(".ernie-gguf-*.tmp"))]
-    return [path for path, match in found if match and not Path(f"/proc/{match[1]}").exists()]
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raises OutputError if a file may not take the name `path`."""
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: exists and is not a regular file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; give --overwrite to replace it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such folder; create it first")
-
-
-@contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `path`: the file written there takes its name if the block succeeds, else it goes away.
-
-    Any OSError of the block becomes an OutputError.
-    """
-    check_output(path, overwrite)
-    temporary = path.parent / f".ernie-gguf-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        temporary.touch()  # a folder without permission is known before any work
-        yield temporary
-        temporary.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: {exc.strerror}; nothing was written") from exc
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def test_greedy_choice() -> None:
 
 
 def test_the_search_prefers_good_maps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--size", "3", "--candidates", "60", "--keep", "10", "--rows", "32", "--weights", "128"]
+    arguments = ["--size", "3", "--candidates", "60", "--finalists", "10", "--rows", "32", "--weights", "128"]
     monkeypatch.setattr(sys, "argv", ["find_code_maps.py", *arguments])
     find_code_maps.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    (")]

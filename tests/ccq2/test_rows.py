@@ -5,9 +5,8 @@ import struct
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_gguf.ccq2.rows import Ccq2Rows, codebook, dequantize_rows, pack_rows, unpack_rows
+from ernie_gguf.ccq2.rows import Ccq2Rows, ccq2_row_size, codebook, dequantize_rows, pack_rows, unpack_rows
 from ernie_gguf.errors import Ccq2Error
-from ernie_gguf.gguf_file.types import ccq2_row_size
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -8,8 +8,9 @@ import gguf
 import numpy as np
 import pytest
 from ernie_gguf.errors import GgufError
-from ernie_gguf.gguf_file.reader import LAYOUT_KEY, add_tensor, padded, read_gguf, write_header
-from ernie_gguf.gguf_file.types import GgmlType, row_size
+from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.gguf_file.types import LAYOUT_KEY, GgmlType, padded, row_size
+from ernie_gguf.gguf_file.writer import add_tensor, write_header
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

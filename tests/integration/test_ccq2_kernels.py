@@ -15,8 +15,7 @@ import numpy.typing as npt
 import pytest
 from ernie_gguf.ccq2 import encode
 from ernie_gguf.ccq2.encode import encode_rows
-from ernie_gguf.ccq2.rows import Ccq2Rows, dequantize_rows, pack_rows
-from ernie_gguf.gguf_file.types import ccq2_row_size
+from ernie_gguf.ccq2.rows import Ccq2Rows, ccq2_row_size, dequantize_rows, pack_rows
 
 pytestmark = pytest.mark.build
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import F32, F64, I8, U8
+from ..ccq2.rows import ccq2_row_size
 from ..errors import EncodeError
-from ..gguf_file.types import ccq2_row_size
 from . import native as search
 from .code_maps import CODE_MAPS
 from .rows import GROUP, Ccq2Rows, codebook, pack_rows
@@ -33,10 +34,6 @@ _ROW_BYTES = 1 << 22  # float32 bytes of rows worked on at once
 
 D_LIMIT = float(np.finfo(np.float32).max) / (15 * 32)  # above it a decoded weight could overflow float32
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-U8 = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Book:
@@ -44,7 +41,7 @@ class Book:
 
     m: int
     z: int
-    words: npt.NDArray[np.int8]
+    words: I8
     table: F32
 
 

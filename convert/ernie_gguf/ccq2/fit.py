@@ -7,9 +7,8 @@ Baidu decodes a code byte as `c = floor(fma(b, cs, cz) + 0.5)` in float32, of wh
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from ..checkpoint.values import F32
+from ..arrays import F32, F64, I32, I64, U32
 from ..errors import EncodeError
 
 SEARCH = 8  # how far M is tried from round(cs * 2^17)
@@ -21,16 +20,14 @@ _BYTES_I64 = np.arange(256, dtype=np.int64)
 _AT_ONCE = 256  # rows: their 64 Ki codes stay in the cache
 _WIDTH = (1 << 17) - 1
 
-I32 = npt.NDArray[np.int32]
-
 
 @dataclass(frozen=True)
 class Fit:
     """m, z uint32 [N]; missed int64 [N]: how many of the 256 codes each row's best M, Z does not reproduce."""
 
-    m: npt.NDArray[np.uint32]
-    z: npt.NDArray[np.uint32]
-    missed: npt.NDArray[np.int64]
+    m: U32
+    z: U32
+    missed: I64
 
 
 def affine_codes(cs: F32, cz: F32) -> I32:
@@ -54,9 +51,7 @@ def affine_codes(cs: F32, cz: F32) -> I32:
     return np.floor(fma, out=fma).astype(np.int32)
 
 
-def _round_to_odd(
-    a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], total: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _round_to_odd(a: F64, b: F64, total: F64) -> F64:
     """a + b with the last bit set if the sum is inexact; `total` is the sum rounded to nearest."""
     back = total - a
     error = (a - (total - back)) + (b - back)  # Knuth's two-sum
@@ -79,7 +74,7 @@ def fit_codes(cs: F32, cz: F32) -> Fit:
     return Fit(m, z, missed)
 
 
-def _fit_block(cs: F32, cz: F32) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+def _fit_block(cs: F32, cz: F32) -> tuple[U32, U32, I64]:
     codes = affine_codes(cs, cz)
     m = np.rint(cs.astype(np.float64) * 2**17).astype(np.int64).astype(np.int32)
     # c*2^17 - b*M relative to its value at b = 0. Wrapped to 32 bits it is still right: its true size is below 2^31.

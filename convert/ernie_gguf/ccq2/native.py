@@ -4,7 +4,8 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+
+from ..arrays import F32, U8
 
 LIBRARY = Path(__file__).parent / "lib" / "libccq_search.so"  # by a link that `make search` sets
 
@@ -17,9 +18,7 @@ def load() -> ctypes.CDLL:
 _LIBRARY = load() if LIBRARY.exists() else None
 
 
-def nearest(
-    targets: npt.NDArray[np.float32], table: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]] | None:
+def nearest(targets: F32, table: F32) -> tuple[U8, F32] | None:
     """For targets y [n, 4] and a table [256, 5]: the byte with the greatest score y·e[:4] + e[4], and the score.
 
     None without the library. Of equal scores the lowest byte wins.

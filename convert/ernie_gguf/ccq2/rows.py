@@ -1,4 +1,4 @@
-"""The ccq2 row (docs/formats.md): layout, storage and decoding. See `encode` for choosing the codes.
+"""The ccq2 row (docs/formats.md): layout, packing and decoding. See `encode` for choosing the codes.
 
 A row of K weights is `16 + K/4 + 16*ceil(K/2048)` bytes, little-endian: M, Z, d, a zero word, one code byte per four
 weights, one 4-bit scale per group of 64 weights (even group in the high nibble), zero padding.
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import F32, I8, U8, U32
 from ..errors import Ccq2Error
-from ..gguf_file.types import ccq2_row_size
 
+CCQ2_BLOCK = 256  # a row's length is a multiple of it
 GROUP = 64  # weights that share a 4-bit scale
 HEADER = 16  # bytes before the codes
 
@@ -21,38 +22,41 @@ WINDOW_SHIFTS = np.array([9, 6, 3, 0], dtype=np.uint32)
 _HEADER_DTYPE = np.dtype([("m", "<u4"), ("z", "<u4"), ("d", "<f4"), ("zero", "<u4")])
 
 
+def ccq2_row_size(k: int) -> int:
+    """Bytes of a row of `k` weights: header, codes, group scales, padding to 16. Raises Ccq2Error."""
+    if k <= 0 or k % CCQ2_BLOCK:
+        raise Ccq2Error(f"ccq2: row length {k} is not a positive multiple of {CCQ2_BLOCK}")
+    return HEADER + k // 4 + 16 * -(-k // 2048)
+
+
 @dataclass(frozen=True)
 class Ccq2Rows:
     """N unpacked rows: m, z uint32 [N]; d float32 [N]; codes uint8 [N, K/4]; scales uint8 [N, K/64], 0 … 15."""
 
-    m: npt.NDArray[np.uint32]
-    z: npt.NDArray[np.uint32]
-    d: npt.NDArray[np.float32]
-    codes: npt.NDArray[np.uint8]
-    scales: npt.NDArray[np.uint8]
+    m: U32
+    z: U32
+    d: F32
+    codes: U8
+    scales: U8
 
 
-def windows(c: npt.NDArray[np.uint32]) -> npt.NDArray[np.int8]:
+def windows(c: U32) -> I8:
     """15-bit codes [...] -> the four weights [..., 4], each -32 … 31."""
     return (((c[..., None] >> WINDOW_SHIFTS) & 63).astype(np.int8) - np.int8(32)).astype(np.int8)
 
 
-def codebook(m: int, z: int) -> npt.NDArray[np.int8]:
+def codebook(m: int, z: int) -> I8:
     """The four weights of each of the 256 code bytes, int8 [256, 4]."""
     return windows(decode_codes(np.arange(256, dtype=np.uint8), np.uint32(m), np.uint32(z)))
 
 
-def decode_codes(
-    codes: npt.NDArray[np.uint8], m: npt.NDArray[np.uint32] | np.uint32, z: npt.NDArray[np.uint32] | np.uint32
-) -> npt.NDArray[np.uint32]:
+def decode_codes(codes: U8, m: U32 | np.uint32, z: U32 | np.uint32) -> U32:
     """Code bytes -> 15-bit codes: `(b*M + Z) mod 2^32 >> 17`, elementwise."""
-    c: npt.NDArray[np.uint32] = (codes.astype(np.uint32) * m + z) >> np.uint32(17)
+    c: U32 = (codes.astype(np.uint32) * m + z) >> np.uint32(17)
     return c
 
 
-def write_headers(
-    out: npt.NDArray[np.uint8], m: npt.NDArray[np.uint32], z: npt.NDArray[np.uint32], d: npt.NDArray[np.float32]
-) -> None:
+def write_headers(out: U8, m: U32, z: U32, d: F32) -> None:
     """Put M, Z, d [N] at the beginning of each row of `out`. Raises Ccq2Error for a super scale that is not finite."""
     if not np.isfinite(d).all():
         raise Ccq2Error("ccq2: the super scale of a row is not finite")
@@ -61,7 +65,7 @@ def write_headers(
     out[:, :HEADER] = header.view(np.uint8).reshape(len(m), HEADER)
 
 
-def pack_rows(rows: Ccq2Rows) -> npt.NDArray[np.uint8]:
+def pack_rows(rows: Ccq2Rows) -> U8:
     """Rows -> bytes [N, row_size]. Raises Ccq2Error if the arrays do not fit together."""
     n, quads = rows.codes.shape
     k = quads * 4
@@ -76,7 +80,7 @@ def pack_rows(rows: Ccq2Rows) -> npt.NDArray[np.uint8]:
     return out
 
 
-def unpack_rows(data: npt.NDArray[np.uint8], k: int) -> Ccq2Rows:
+def unpack_rows(data: U8, k: int) -> Ccq2Rows:
     """Bytes [N, row_size] -> rows. Raises Ccq2Error naming the row that breaks the layout, and how."""
     size = ccq2_row_size(k)
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != size:
@@ -102,7 +106,7 @@ def _reject(bad: npt.ArrayLike, problem: str) -> None:
         raise Ccq2Error(f"ccq2: row {int(np.argmax(bad))}: {problem}")
 
 
-def dequantize(rows: Ccq2Rows) -> npt.NDArray[np.float32]:
+def dequantize(rows: Ccq2Rows) -> F32:
     """Weights float32 [N, K]: `(float(s) * d) * v`, each product rounded to float32."""
     n, quads = rows.codes.shape
     v = windows(decode_codes(rows.codes, rows.m[:, None], rows.z[:, None]))  # [N, K/4, 4]
@@ -112,6 +116,6 @@ def dequantize(rows: Ccq2Rows) -> npt.NDArray[np.float32]:
         return (scale[..., None] * groups).reshape(n, quads * 4)
 
 
-def dequantize_rows(data: npt.NDArray[np.uint8], k: int) -> npt.NDArray[np.float32]:
+def dequantize_rows(data: U8, k: int) -> F32:
     """Bytes [N, row_size] -> weights float32 [N, K]."""
     return dequantize(unpack_rows(data, k))

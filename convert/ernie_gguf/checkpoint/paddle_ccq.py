@@ -5,11 +5,11 @@ Columns are output channels: `quant_weight` [K/4, N] holds a code byte per four 
 """
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import F32, U8
 from .shards import ShardReader
 from .storage import FLOATS, Field, Source, Storage, columns_at_once, read_vector, vector_field
-from .values import F32, CcqChannels, Values, transposed
+from .values import CcqChannels, Values, transposed
 
 _PIECE_BYTES = 8 << 20  # of code bytes
 
@@ -34,8 +34,9 @@ class _Ccq2(Storage):
         return columns_at_once(source.main, _PIECE_BYTES)
 
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
-        def columns(field: str) -> npt.NDArray[np.uint8]:
-            return transposed(reader.read_columns(source.tensors[field], row, rows).view(np.uint8))
+        def columns(field: str) -> U8:
+            out: U8 = transposed(reader.read_columns(source.tensors[field], row, rows).view(np.uint8))
+            return out
 
         def vector(field: str) -> F32:
             return read_vector(reader, source.tensors[field], row, rows)

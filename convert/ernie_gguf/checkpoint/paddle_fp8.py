@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays import F32
 from .shards import ShardReader
 from .storage import Field, Source, Storage, columns_at_once
-from .values import F32, FloatRows, Values, to_float32, transposed
+from .values import FloatRows, Values, to_float32, transposed
 
 _PIECE_BYTES = 4 << 20
 

@@ -12,17 +12,17 @@ The bit operations below are these two transpositions; numpy's own transposes of
 """
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import I8, U8
 from .shards import ShardReader
 from .storage import FLOATS, Field, Source, Storage, read_vector, vector_field
-from .values import U8, ChannelInts, Values
+from .values import ChannelInts, Values
 
 _TILE = 64
 _PIECE_BYTES = 4 << 20
 
 
-def unpack_int8(packed: U8) -> npt.NDArray[np.int8]:
+def unpack_int8(packed: U8) -> I8:
     """Whole pairs of channels, uint8 [N, K] as stored -> q int8 [N, K]."""
     n, k = packed.shape
     tiles = np.ascontiguousarray(packed).reshape(n // 2, k // _TILE, 2, _TILE).swapaxes(1, 2)  # [N/2, 2, K/64, 64]
@@ -33,7 +33,7 @@ def unpack_int8(packed: U8) -> npt.NDArray[np.int8]:
     return out.view(np.int8).reshape(n, k)
 
 
-def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
+def unpack_int4(packed: U8) -> I8:
     """Whole fours of channels, uint8 [N, K/2] (the bytes in the order stored) -> q int8 [N, K]."""
     n, half = packed.shape
     tiles = np.ascontiguousarray(packed).reshape(n // 4, half // 32, 4, 32).swapaxes(1, 2)  # [N/4, 4, K/64, 32]
@@ -68,7 +68,7 @@ class _ChannelInt(Storage):
         scale = read_vector(reader, source.tensors["weight_scale"], row, rows)
         return ChannelInts(q, scale, self.bits)
 
-    def unpack(self, stored: U8) -> npt.NDArray[np.int8]:
+    def unpack(self, stored: U8) -> I8:
         """Stored bytes, one row per channel -> q."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class _Int8(_ChannelInt):
     bits = 8
     row_multiple = 2
 
-    def unpack(self, stored: U8) -> npt.NDArray[np.int8]:
+    def unpack(self, stored: U8) -> I8:
         return unpack_int8(stored)
 
 
@@ -91,7 +91,7 @@ class _Int4(_ChannelInt):
     bits = 4
     row_multiple = 4
 
-    def unpack(self, stored: U8) -> npt.NDArray[np.int8]:
+    def unpack(self, stored: U8) -> I8:
         return unpack_int4(stored)
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import AnyArray
 from ..errors import CheckpointError
 from .json_object import parse_object, read_object, shown
 
@@ -225,14 +224,14 @@ class ShardReader:
         """The descriptor of an opened shard."""
         return self._files[path]
 
-    def read_rows(self, tensor: TensorHeader, row: int, rows: int) -> npt.NDArray[Any]:
+    def read_rows(self, tensor: TensorHeader, row: int, rows: int) -> AnyArray:
         """Rows `row` … `row + rows` of a tensor seen as [rows, K]; bfloat16 comes as its bits in uint16."""
         k = tensor.shape[-1]
         out = np.empty((rows, k), DTYPES[tensor.dtype])
         self._fill(tensor, memoryview(out.data).cast("B"), row * k * out.itemsize)
         return out
 
-    def read_columns(self, tensor: TensorHeader, column: int, columns: int) -> npt.NDArray[Any]:
+    def read_columns(self, tensor: TensorHeader, column: int, columns: int) -> AnyArray:
         """Columns `column` … `column + columns` of a matrix, [rows, columns]: one read per row."""
         rows, width = tensor.shape
         if columns == width:
@@ -244,7 +243,7 @@ class ShardReader:
             self._fill(tensor, view[row * size : (row + 1) * size], begin + row * stride)
         return out
 
-    def read_all(self, tensor: TensorHeader) -> npt.NDArray[Any]:
+    def read_all(self, tensor: TensorHeader) -> AnyArray:
         """A whole small tensor, flat."""
         out = np.empty(prod(tensor.shape), DTYPES[tensor.dtype])
         self._fill(tensor, memoryview(out.data).cast("B"), 0)

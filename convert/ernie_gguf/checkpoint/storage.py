@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from ..arrays import F32
 from .shards import ShardReader, TensorHeader
-from .values import F32, FloatRows, Values, to_float32, transposed
+from .values import FloatRows, Values, to_float32, transposed
 
 FLOATS = ("BF16", "F16", "F32")
 Shape = tuple[int, ...]

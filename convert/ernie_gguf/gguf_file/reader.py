@@ -1,98 +1,29 @@
-"""GGUF files: a header writer and a reader that know ccq2. Nothing of ERNIE.
+"""A reader of GGUF headers that knows ccq2.
 
-gguf-py packs keys and tensor table; it cannot read a type it does not know, and it walks a large vocabulary value by
-value, so the reader is our own. It checks every count and length against the file before it uses it.
+gguf-py cannot read a type it does not know, and it walks a large vocabulary value by value, so the reader is our own.
+It checks every count and length against the file before it uses it.
 """
 
-import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType
 
+from ..arrays import U8
+from ..ccq2.rows import ccq2_row_size
 from ..errors import Ccq2Error, GgufError
 from .split import sibling_paths
-from .types import GgmlType, ccq2_row_size
-
-LAYOUT_KEY = "ernie_gguf.ccq.layout"
-LAYOUT_VERSION = 1
-ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
+from .types import ALIGNMENT, LAYOUT_KEY, LAYOUT_VERSION, GgmlType, padded
 
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-_PATCH_BYTES = 1 << 16  # where set_uint32 looks: keys to change are written before the vocabulary
+_STRING, _ARRAY = 8, 9
 # gguf_type -> numpy dtype of the scalar ones
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-
-
-def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """`nbytes` rounded up to the alignment."""
-    return -(-nbytes // alignment) * alignment
-
-
-def add_tensor(writer: GGUFWriter, name: str, shape: Sequence[int], kind: GgmlType, nbytes: int) -> None:
-    """Add a tensor's entry (`shape` outermost first) to the writer's table."""
-    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-
-
-def write_header(writer: GGUFWriter, path: Path) -> int:
-    """Write everything before the data to `path`; returns where the data begins (padded, not yet written)."""
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return padded(path.stat().st_size)
-
-
-def begin(path: Path, writer: GGUFWriter) -> int:
-    """Write everything before the data to `path`, with zeros in place of "GGUF"; returns where the data begins.
-
-    Until `finish`, no program takes the file for a model, were the machine to stop in between.
-    """
-    data_offset = write_header(writer, path)
-    with path.open("r+b") as file:
-        file.write(bytes(4))
-    return data_offset
-
-
-def finish(fd: int) -> None:
-    """Make a file that is written completely a GGUF file."""
-    os.fsync(fd)
-    os.pwrite(fd, struct.pack("<I", GGUF_MAGIC), 0)
-    os.fsync(fd)
-
-
-@contextmanager
-def unfinished(path: Path, writer: GGUFWriter) -> Iterator[tuple[int, int]]:
-    """Write everything before the data to `path`; gives a descriptor and where the data begins.
-
-    The file is no GGUF file until the block has succeeded.
-    """
-    data_offset = begin(path, writer)
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield fd, data_offset
-        finish(fd)
-    finally:
-        os.close(fd)
-
-
-def set_uint32(path: Path, key: str, value: int) -> None:
-    """Change the value of a uint32 key in a written file's header; nothing if the file has no such key."""
-    pattern = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", _UINT32)
-    with path.open("r+b") as file:
-        at = file.read(_PATCH_BYTES).find(pattern)
-        if at >= 0:
-            file.seek(at + len(pattern))
-            file.write(struct.pack("<I", value))
 
 
 @dataclass(frozen=True)
@@ -126,7 +57,7 @@ class GgufFile:
     tensors: tuple[GgufTensor, ...]
     data_offset: int
 
-    def rows(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+    def rows(self, tensor: GgufTensor) -> U8:
         """The tensor's bytes as [rows, bytes per row], mapped from the file."""
         data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         return data.reshape(tensor.elements // tensor.ne[0], -1)
@@ -135,12 +66,12 @@ class GgufFile:
 class _Cursor:
     """Bounds-checked reading from the start of a file."""
 
-    def __init__(self, data: npt.NDArray[np.uint8], name: str) -> None:
+    def __init__(self, data: U8, name: str) -> None:
         self.data = data
         self.name = name
         self.at = 0
 
-    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+    def take(self, nbytes: int) -> U8:
         if nbytes > len(self.data) - self.at:
             raise GgufError(
                 f"{self.name}: truncated: {nbytes} bytes are needed at {self.at}, the file has {len(self.data)}"
@@ -159,24 +90,24 @@ class _Cursor:
         except UnicodeDecodeError as exc:
             raise GgufError(f"{self.name}: string at {self.at - len(raw)} is not UTF-8") from exc
 
-    def value(self, kind: int) -> Any:  # noqa: ANN401 - a value of any type, by design of the format
-        if kind == _STRING:
+    def value(self, value_type: int) -> Any:  # noqa: ANN401 - a value of any type, by design of the format
+        if value_type == _STRING:
             return self.string()
-        if kind == _ARRAY:
+        if value_type == _ARRAY:
             return self.array()
-        if kind not in _SCALARS:
-            raise GgufError(f"{self.name}: unknown value type {kind} at byte {self.at}")
-        dtype = np.dtype(_SCALARS[kind])
+        if value_type not in _SCALARS:
+            raise GgufError(f"{self.name}: unknown value type {value_type} at byte {self.at}")
+        dtype = np.dtype(_SCALARS[value_type])
         return self.take(dtype.itemsize).copy().view(dtype)[0].item()
 
     def array(self) -> list[Any]:
-        kind, count = self.number("I"), self.number("Q")
-        if kind in _SCALARS:
-            dtype = np.dtype(_SCALARS[kind])
+        value_type, count = self.number("I"), self.number("Q")
+        if value_type in _SCALARS:
+            dtype = np.dtype(_SCALARS[value_type])
             values: list[Any] = self.take(count * dtype.itemsize).copy().view(dtype).tolist()
             return values
-        if kind != _STRING:
-            raise GgufError(f"{self.name}: unknown array type {kind} at byte {self.at}")
+        if value_type != _STRING:
+            raise GgufError(f"{self.name}: unknown array type {value_type} at byte {self.at}")
         return [self.string() for _ in range(self._plausible(count, 8))]
 
     def _plausible(self, count: int, least_bytes: int) -> int:
@@ -189,17 +120,17 @@ class _Cursor:
         return self._plausible(self.number("Q"), least_bytes)
 
 
-def _tensor_nbytes(where: str, kind: int, ne: tuple[int, ...]) -> tuple[str, int]:
+def _tensor_nbytes(where: str, type_id: int, ne: tuple[int, ...]) -> tuple[str, int]:
     """Type name and size in bytes of a tensor."""
-    if kind == GgmlType.CCQ2:
+    if type_id == GgmlType.CCQ2:
         try:
             return "ccq2", ccq2_row_size(ne[0]) * prod(ne[1:])
         except Ccq2Error as exc:
             raise GgufError(f"{where}: {exc}") from exc
     try:
-        known = GGMLQuantizationType(kind)
+        known = GGMLQuantizationType(type_id)
     except ValueError as exc:
-        raise GgufError(f"{where}: type {kind} is not known to this version of ernie-gguf") from exc
+        raise GgufError(f"{where}: type {type_id} is not known to this version of ernie-gguf") from exc
     block, nbytes = GGML_QUANT_SIZES[known]
     if ne[0] % block:
         raise GgufError(f"{where}: row length {ne[0]} is not a multiple of {known.name}'s block of {block}")
@@ -221,7 +152,7 @@ def _read_tensor(cursor: _Cursor) -> _Entry:
 
 
 def _check_layout(name: str, metadata: dict[str, Any], tensors: tuple[GgufTensor, ...]) -> None:
-    """A file with a CCQ tensor must state the layout version that this code implements."""
+    """A file with a ccq2 tensor must state the layout version that this code implements."""
     first = next((tensor for tensor in tensors if tensor.type_id == GgmlType.CCQ2), None)
     if first is None:
         return
@@ -243,7 +174,18 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
+def value_offset(path: Path, key: str) -> int:
+    """Where in the file the value of a metadata key begins. Raises GgufError, also if the file has no such key."""
+    cursor = _open(path)[0]
+    for _ in range(_counts(cursor)[1]):
+        found, value_type = cursor.string(), cursor.number("I")
+        if found == key:
+            return cursor.at
+        cursor.value(value_type)
+    raise GgufError(f"{path.name}: the key {key} is missing")
+
+
+def _map(path: Path) -> U8:
     """A file's bytes."""
     try:
         if not path.is_file():
@@ -257,19 +199,19 @@ def _locate(cursor: _Cursor, entries: list[_Entry], alignment: int, path: Path) 
     """The entries of the tensor table, with their data, which begins after the cursor, checked to be in the file."""
     start, end = padded(cursor.at, alignment), len(cursor.data)
     seen: set[str] = set()
-    for name, ne, kind, offset in entries:
+    for name, ne, type_id, offset in entries:
         where = f"{cursor.name}: tensor {name}"
         if name in seen:
             raise GgufError(f"{where} is given twice")
         seen.add(name)
-        type_name, nbytes = _tensor_nbytes(where, kind, ne)
+        type_name, nbytes = _tensor_nbytes(where, type_id, ne)
         if offset % alignment:
-            raise GgufError(f"{where} begins at {offset}, no multiple of {alignment}")
+            raise GgufError(f"{where} begins at {offset}, which is not a multiple of {alignment}")
         if start + offset + nbytes > end:
             raise GgufError(
                 f"{cursor.name}: truncated: tensor {name} ends at byte {start + offset + nbytes}, the file has {end}"
             )
-        yield GgufTensor(name, type_name, kind, ne, start + offset, nbytes, path)
+        yield GgufTensor(name, type_name, type_id, ne, start + offset, nbytes, path)
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -300,14 +242,25 @@ def read_gguf(path: Path) -> GgufFile:
     return replace(first, tensors=tensors)
 
 
-def _read_one(path: Path) -> GgufFile:
+def _open(path: Path) -> tuple[_Cursor, int]:
+    """A cursor behind the version of a GGUF file, and the version."""
     cursor = _Cursor(_map(path), path.name)
     if len(cursor.data) < 4 or cursor.number("I") != GGUF_MAGIC:
         raise GgufError(f"{path.name}: not a GGUF file: it does not begin with 'GGUF'")
     version = cursor.number("I")
     if version not in (2, GGUF_VERSION):
         raise GgufError(f"{path.name}: GGUF version {version}, expected 2 or {GGUF_VERSION} (little-endian)")
-    n_tensors, n_keys = cursor.count(25), cursor.count(13)  # the least bytes of an entry of each kind
+    return cursor, version
+
+
+def _counts(cursor: _Cursor) -> tuple[int, int]:
+    """How many tensors and keys the header announces, each bounded by the least bytes of an entry."""
+    return cursor.count(25), cursor.count(13)
+
+
+def _read_one(path: Path) -> GgufFile:
+    cursor, version = _open(path)
+    n_tensors, n_keys = _counts(cursor)
     metadata = _read_metadata(cursor, n_keys)
     entries = [_read_tensor(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -316,9 +269,3 @@ def _read_one(path: Path) -> GgufFile:
     tensors = tuple(_locate(cursor, entries, alignment, path))
     _check_layout(path.name, metadata, tensors)
     return GgufFile(path, version, metadata, tensors, padded(cursor.at, alignment))
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write to the file system of `folder`."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize

@@ -1,10 +1,14 @@
-"""The GGML types this converter writes: ids and sizes in one table."""
+"""The GGML types that this converter writes: ids and sizes in one table; alignment and the layout key of ccq2."""
 
 from enum import IntEnum
 
-from ..errors import Ccq2Error
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-CCQ2_BLOCK = 256
+from ..ccq2.rows import CCQ2_BLOCK, ccq2_row_size
+
+LAYOUT_KEY = "ernie_gguf.ccq.layout"  # every file with a ccq2 tensor has it
+LAYOUT_VERSION = 1
+ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
 
 
 class GgmlType(IntEnum):
@@ -28,23 +32,21 @@ BLOCKS: dict[GgmlType, tuple[int, int]] = {
 }
 
 
-def block_size(kind: GgmlType) -> int:
+def block_size(ggml_type: GgmlType) -> int:
     """The row length must be a multiple of this."""
-    return CCQ2_BLOCK if kind is GgmlType.CCQ2 else BLOCKS[kind][0]
+    return CCQ2_BLOCK if ggml_type is GgmlType.CCQ2 else BLOCKS[ggml_type][0]
 
 
-def ccq2_row_size(k: int) -> int:
-    """Bytes of a ccq2 row of `k` weights: header, codes, group scales, padding to 16."""
-    if k <= 0 or k % CCQ2_BLOCK:
-        raise Ccq2Error(f"ccq2: row length {k} is not a positive multiple of {CCQ2_BLOCK}")
-    return 16 + k // 4 + 16 * -(-k // 2048)
-
-
-def row_size(kind: GgmlType, k: int) -> int:
-    """Bytes of one row of `k` weights; `k` must be a multiple of `block_size(kind)`."""
-    if kind is GgmlType.CCQ2:
+def row_size(ggml_type: GgmlType, k: int) -> int:
+    """Bytes of one row of `k` weights; `k` must be a multiple of `block_size(ggml_type)`."""
+    if ggml_type is GgmlType.CCQ2:
         return ccq2_row_size(k)
-    weights, nbytes = BLOCKS[kind]
+    weights, nbytes = BLOCKS[ggml_type]
     if k % weights:
         raise ValueError(f"row length {k} is not a multiple of {weights}")
     return k // weights * nbytes
+
+
+def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """`nbytes` rounded up to the alignment."""
+    return -(-nbytes // alignment) * alignment

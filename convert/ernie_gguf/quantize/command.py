@@ -82,9 +82,9 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     An interrupted run leaves OUTFILE.partial; the same command goes on from there.
     """
     from ..convert import output_path, prepare  # noqa: PLC0415 - as all commands, see cli
+    from ..files import check_output  # noqa: PLC0415
     from ..gguf_file.types import GgmlType  # noqa: PLC0415
     from ..report import show  # noqa: PLC0415
-    from ..write import check_output  # noqa: PLC0415
 
     chosen = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
     types = {name: GgmlType[kind.name] for name, kind in chosen.items() if kind is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..convert import Job
 from ..errors import OutputError
-from ..gguf_file.reader import free_bytes
+from ..files import free_bytes
 from ..report import human
 from .needs import Needs
 from .settings import Settings

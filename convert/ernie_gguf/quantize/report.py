@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ErnieGgufError, OutputError
+from ..files import replacing
 from ..report import human, right
-from ..write import replacing
 from .pictures import PICTURES
 from .stats import Group, MatrixStats, by_projection, by_tensor
 

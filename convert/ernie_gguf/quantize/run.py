@@ -21,7 +21,8 @@ from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
 from ..convert import Job, header, model_name
 from ..errors import ErnieGgufError, OutputError
-from ..write import check_output, data_nbytes, offsets, pwrite, write_tensors
+from ..files import check_output, pwrite
+from ..write import data_nbytes, offsets, write_tensors
 from .encoder import Pipeline
 from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
 from .kernels import kernels_for, make_books

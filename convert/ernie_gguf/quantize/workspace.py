@@ -24,7 +24,7 @@ from gguf import GGUFWriter
 
 from ..checkpoint.json_object import read_object
 from ..errors import CheckpointError, ErnieGgufError, OutputError
-from ..gguf_file.reader import begin, finish
+from ..gguf_file.writer import begin, finish
 from .stats import MatrixStats
 
 MODEL = "model.gguf"

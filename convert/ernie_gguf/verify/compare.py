@@ -4,20 +4,21 @@ The mapping says which source belongs to which tensor; `decode` decodes every va
 differs by no more than its type explains, or is a mismatch.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import F32, I64, U8, Bool
 from ..checkpoint.shards import ShardReader
 from ..gguf_file.reader import GgufFile, GgufTensor
 from ..mapping import MappedTensor, Part, TensorMap
+from ..workers import in_order
 from . import decode
 
-F32 = npt.NDArray[np.float32]
 _CHUNK_VALUES = 4 << 20  # weights compared at once: some ten float32 and int64 arrays of that size per thread
 _NONE = np.float32(0)
 Tolerance = F32 | np.float32  # of each value, or of all
@@ -70,7 +71,7 @@ class Verdict:
         return not self.finding.wrong and not self.finding.problem
 
 
-def _code_misses(data: decode.U8, cs: F32, cz: F32) -> tuple[npt.NDArray[np.bool_], int]:
+def _code_misses(data: U8, cs: F32, cz: F32) -> tuple[Bool, int]:
     """Code bytes [n, 256] that the GGUF's M, Z do not reproduce for a reason, and how many rows have such."""
     table = decode.source_codes(cs, cz)
     m, z, _ = decode.ccq2_header(data)
@@ -84,7 +85,7 @@ def _code_misses(data: decode.U8, cs: F32, cz: F32) -> tuple[npt.NDArray[np.bool
     return missed, int(missed.any(1).sum())
 
 
-def _has_exact_map(codes: decode.I64, cs: float) -> bool:
+def _has_exact_map(codes: I64, cs: float) -> bool:
     centre = round(cs * 2**17)
     m = np.arange(centre - _SEARCH, centre + _SEARCH + 1)[:, None]
     low = (codes * 2**17 - np.arange(256) * m).max(1)
@@ -106,7 +107,7 @@ def _bound(expected: F32, type_name: str) -> F32:
     return np.repeat(bound, 32, axis=2).reshape(expected.shape)
 
 
-def _code_tolerance(reader: ShardReader, chunk: "_Chunk", data: decode.U8, k: int) -> tuple[Tolerance, Finding]:
+def _code_tolerance(reader: ShardReader, chunk: "_Chunk", data: U8, k: int) -> tuple[Tolerance, Finding]:
     """Any error where a code byte has no place in an integer code map; rows with such a byte are counted."""
     missed, rows = _code_misses(data, *decode.ccq_map(reader, chunk.part.source, chunk.row, len(data)))
     if not rows:
@@ -115,7 +116,7 @@ def _code_tolerance(reader: ShardReader, chunk: "_Chunk", data: decode.U8, k: in
     return np.where(np.repeat(hit, 4, axis=1), np.float32(np.inf), _NONE), Finding(missed_rows=rows)
 
 
-def _scale_tolerance(reader: ShardReader, chunk: "_Chunk", data: decode.U8, _k: int) -> tuple[Tolerance, Finding]:
+def _scale_tolerance(reader: ShardReader, chunk: "_Chunk", data: U8, _k: int) -> tuple[Tolerance, Finding]:
     """What rounding the channel's scale to f16 explains; rows with such a scale are counted."""
     q, scale = decode.channel_ints(reader, chunk.part.source, chunk.row, len(data))
     off = np.abs(scale - scale.astype(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-20)
@@ -131,9 +132,7 @@ _TOLERATED = {
 }
 
 
-def _tolerated(
-    reader: ShardReader, chunk: "_Chunk", data: decode.U8, type_name: str, k: int
-) -> tuple[Tolerance, Finding]:
+def _tolerated(reader: ShardReader, chunk: "_Chunk", data: U8, type_name: str, k: int) -> tuple[Tolerance, Finding]:
     """The error of each value that an exact repack is allowed, 0 nearly everywhere, and the rows that have any."""
     tolerance = _TOLERATED.get((chunk.part.source.storage.name, type_name))
     return tolerance(reader, chunk, data, k) if tolerance else (_NONE, Finding())
@@ -194,21 +193,21 @@ class _Chunk:
     at: int  # in the GGUF tensor
 
 
-def _chunks(plan: MappedTensor) -> Iterator[_Chunk]:
-    step = max(1, _CHUNK_VALUES // plan.shape[-1])
+def _chunks(tensor: MappedTensor) -> Iterator[_Chunk]:
+    step = max(1, _CHUNK_VALUES // tensor.shape[-1])
     at = 0
-    for part in plan.parts:
+    for part in tensor.parts:
         for row in range(part.row, part.row + part.rows, step):
             rows = min(step, part.row + part.rows - row)
             yield _Chunk(part, row, rows, at)
             at += rows
 
 
-def _mismatch(tensor: GgufTensor | None, plan: MappedTensor) -> str:
+def _mismatch(tensor: GgufTensor | None, mapped: MappedTensor) -> str:
     """Why a tensor cannot be compared at all, if so."""
     if tensor is None:
         return "missing from the GGUF"
-    ne = tuple(reversed(plan.shape))
+    ne = tuple(reversed(mapped.shape))
     if tensor.ne not in (ne, (*ne, 1)):
         return f"ne is {list(tensor.ne)}, expected {list(ne)}"
     if tensor.type_name not in decode.GGUF_DECODERS:
@@ -216,42 +215,32 @@ def _mismatch(tensor: GgufTensor | None, plan: MappedTensor) -> str:
     return ""
 
 
-def verify(mapped: TensorMap, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
+def _unread(mapped: MappedTensor, tensor: GgufTensor | None) -> Verdict:
+    """The verdict before any weight is compared: fine so far, or why it cannot be compared."""
+    source, type_name = mapped.parts[0].source, tensor.type_name if tensor else ""
+    problem = _mismatch(tensor, mapped)
+    return Verdict(mapped.name, source.label, type_name, type_name in source.exact_types, Finding(problem=problem))
+
+
+def verify(mapping: TensorMap, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
     """Compare all tensors; one verdict each, in the plan's order, then those that only the GGUF has.
 
     `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
     """
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    verdicts: list[Verdict] = []
-    with ShardReader() as reader, ThreadPoolExecutor(threads) as pool:
-        reader.open({path for plan in mapped.tensors for part in plan.parts for path in part.source.paths})
-        pending: deque[tuple[int, Future[Finding]]] = deque()
+    verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name)) for mapped in mapping.tensors}
 
-        def finish() -> None:
-            index, future = pending.popleft()
-            found = future.result()
-            verdicts[index] = replace(verdicts[index], finding=verdicts[index].finding + found)
-            progress(found.values)
+    def compared(mapped: MappedTensor, chunk: _Chunk) -> tuple[str, Finding]:
+        return mapped.name, _compare(reader, file, tensors[mapped.name], chunk)
 
-        try:
-            for plan in mapped.tensors:
-                tensor = tensors.pop(plan.name, None)
-                source = plan.parts[0].source
-                problem = _mismatch(tensor, plan)
-                type_name = tensor.type_name if tensor else ""
-                exact = type_name in source.exact_types
-                verdicts.append(Verdict(plan.name, source.label, type_name, exact, Finding(problem=problem)))
-                if problem or tensor is None:
-                    continue
-                for chunk in _chunks(plan):
-                    pending.append((len(verdicts) - 1, pool.submit(_compare, reader, file, tensor, chunk)))
-                    if len(pending) > 2 * threads:
-                        finish()
-            while pending:
-                finish()
-        finally:
-            for _, future in pending:
-                future.cancel()
-    for tensor in tensors.values():
-        verdicts.append(Verdict(tensor.name, "", tensor.type_name, False, Finding(problem="not in the checkpoint")))
-    return verdicts
+    with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
+        reader.open({path for mapped in mapping.tensors for part in mapped.parts for path in part.source.paths})
+        comparable = (mapped for mapped in mapping.tensors if verdicts[mapped.name].ok)
+        calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in _chunks(mapped))
+        with closing(in_order(calls, executor, 2 * threads)) as results:
+            for name, found in results:
+                verdicts[name] = replace(verdicts[name], finding=verdicts[name].finding + found)
+                progress(found.values)
+    extra = [tensor for name, tensor in tensors.items() if name not in verdicts]
+    missing = Finding(problem="not in the checkpoint")
+    return [*verdicts.values(), *(Verdict(tensor.name, "", tensor.type_name, False, missing) for tensor in extra)]

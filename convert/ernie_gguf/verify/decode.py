@@ -5,20 +5,15 @@ They share nothing with the code that packs: every formula is written out again 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import F32, I16, I64, U8, AnyArray
 from ..checkpoint.shards import ShardReader, TensorHeader
 from ..checkpoint.storage import Source
 
-U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
 
-
-def _floats(stored: npt.NDArray[Any], dtype: str) -> F32:
+def _floats(stored: AnyArray, dtype: str) -> F32:
     if dtype in ("BF16", "U16"):
         wide = np.zeros((*stored.shape, 2), np.uint16)  # little-endian: the upper half of a float32 comes second
         wide[..., 1] = stored
@@ -44,7 +39,7 @@ def _int4_order(k: int) -> I64:
     return np.stack([i // 64 * 256 + c * 64 + within for c in range(4)])
 
 
-def channel_ints(reader: ShardReader, source: Source, row: int, rows: int) -> tuple[npt.NDArray[np.int16], F32]:
+def channel_ints(reader: ShardReader, source: Source, row: int, rows: int) -> tuple[I16, F32]:
     """The integers [rows, K] and scales [rows] of a wint8 or wint4 source."""
     k = source.main.shape[-1]
     per_byte = 1 if source.storage.name == "wint8" else 2
