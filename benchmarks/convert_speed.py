@@ -9,21 +9,15 @@ outside the time. ccq2 is measured apart on one MoE layer: it is bound by comput
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from common import (
-    REPOSITORY,
     Run,
     add_folder,
     add_rounds,
@@ -35,146 +29,17 @@ from common import (
     report,
     run_observed,
 )
+from random_checkpoint import make_checkpoint
+from released import SHAPES, bf16_21b
 from rich.table import Table
-
-TOKENIZER = REPOSITORY / "examples" / "ernie-tiny"
-
-# ERNIE-4.5-21B-A3B
-VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 103424, 2560, 20, 4, 128
-DENSE_FFN, EXPERT_FFN, EXPERTS, EXPERTS_USED, SHARED = 12288, 1536, 64, 6, 2
-
-SHARD_BYTES = 10**9
-POOL = 2**23  # random values that all tensors are cut from
-
-Shape = tuple[int, ...]
-
-
-def mlp(prefix: str, width: int) -> Iterator[tuple[str, str, Shape]]:
-    """Name, dtype and shape of gate, up and down."""
-    yield f"{prefix}.gate_proj.weight", "BF16", (width, HIDDEN)
-    yield f"{prefix}.up_proj.weight", "BF16", (width, HIDDEN)
-    yield f"{prefix}.down_proj.weight", "BF16", (HIDDEN, width)
-
-
-def layer_tensors(layer: int) -> Iterator[tuple[str, str, Shape]]:
-    """Name, dtype and shape of one layer's tensors; layer 0 is dense, as in the 21B."""
-    prefix = f"model.layers.{layer}"
-    yield f"{prefix}.input_layernorm.weight", "BF16", (HIDDEN,)
-    yield f"{prefix}.self_attn.q_proj.weight", "BF16", (HEADS * HEAD_DIM, HIDDEN)
-    yield f"{prefix}.self_attn.k_proj.weight", "BF16", (KV_HEADS * HEAD_DIM, HIDDEN)
-    yield f"{prefix}.self_attn.v_proj.weight", "BF16", (KV_HEADS * HEAD_DIM, HIDDEN)
-    yield f"{prefix}.self_attn.o_proj.weight", "BF16", (HIDDEN, HEADS * HEAD_DIM)
-    yield f"{prefix}.post_attention_layernorm.weight", "BF16", (HIDDEN,)
-    if layer == 0:
-        yield from mlp(f"{prefix}.mlp", DENSE_FFN)
-        return
-    yield f"{prefix}.mlp.gate.weight", "F32", (EXPERTS, HIDDEN)
-    yield f"{prefix}.mlp.moe_statics.e_score_correction_bias", "F32", (1, EXPERTS)
-    for expert in range(EXPERTS):
-        yield from mlp(f"{prefix}.mlp.experts.{expert}", EXPERT_FFN)
-    yield from mlp(f"{prefix}.mlp.shared_experts", EXPERT_FFN * SHARED)
-
-
-def model_tensors(layers: int) -> list[tuple[str, str, Shape]]:
-    """Name, dtype and shape of all tensors; the head is tied."""
-    tensors: list[tuple[str, str, Shape]] = [("model.embed_tokens.weight", "BF16", (VOCAB, HIDDEN))]
-    for layer in range(layers):
-        tensors += layer_tensors(layer)
-    return [*tensors, ("model.norm.weight", "BF16", (HIDDEN,))]
-
-
-def nbytes(tensors: list[tuple[str, str, Shape]]) -> int:
-    """Bytes of the tensors."""
-    return sum(prod(shape) * (2 if dtype == "BF16" else 4) for _, dtype, shape in tensors)
 
 
 def layers_that_fit(size: int) -> int:
     """At least the dense layer and one MoE layer."""
     layers = 2
-    while nbytes(model_tensors(layers + 1)) <= size:
+    while bf16_21b(layers + 1).nbytes <= size:
         layers += 1
     return layers
-
-
-def make_checkpoint(folder: Path, layers: int) -> Path:
-    """Write shards of about 1 GB, their index, config.json and the example's tokenizer."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    # Random sign, mantissa and lowest exponent bit: magnitudes from 2^-7 to 2^-5, always finite
-    pool_bf16 = rng.integers(0, 2**16, POOL, np.uint16) & np.uint16(0x80FF) | np.uint16(0x3C00)
-    pool_f32 = rng.standard_normal(POOL, np.float32)
-    shards: list[list[tuple[str, str, Shape]]] = [[]]
-    for tensor in model_tensors(layers):
-        if nbytes([*shards[-1], tensor]) > SHARD_BYTES and shards[-1]:
-            shards.append([])
-        shards[-1].append(tensor)
-    weight_map: dict[str, str] = {}
-    for i, tensors in enumerate(progress(shards, "making the checkpoint")):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {tensor: name for tensor, _, _ in tensors}
-        write_shard(folder / name, tensors, {"BF16": pool_bf16, "F32": pool_f32}, rng)
-    index = {"metadata": {"total_size": nbytes(model_tensors(layers))}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
-    for file in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / file, folder)
-    return folder
-
-
-def write_shard(
-    path: Path,
-    tensors: list[tuple[str, str, Shape]],
-    pools: dict[str, npt.NDArray[np.generic]],
-    rng: np.random.Generator,
-) -> None:
-    """One safetensors file; each tensor is a run of pool values that begins at a random place."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + nbytes([tensor])
-        header[tensor[0]] = {"dtype": tensor[1], "shape": tensor[2], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, dtype, shape in tensors:
-            left = prod(shape)
-            while left:
-                start = int(rng.integers(POOL))
-                piece = pools[dtype][start : start + left]
-                file.write(piece.tobytes())
-                left -= len(piece)
-
-
-def config(layers: int) -> dict[str, object]:
-    """config.json of the 21B with fewer layers."""
-    return {
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": "ernie4_5_moe",
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": DENSE_FFN,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "use_bias": False,
-        "tie_word_embeddings": True,
-        "moe_num_experts": EXPERTS,
-        "moe_k": EXPERTS_USED,
-        "moe_intermediate_size": EXPERT_FFN,
-        "moe_num_shared_experts": SHARED,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": layers - 1,
-        "moe_layer_interval": 1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "torch_dtype": "bfloat16",
-    }
 
 
 @dataclass(frozen=True)
@@ -242,13 +107,14 @@ def measure(competitors: list[Contender], rounds: int) -> dict[str, list[Run]]:
 
 def measure_ccq2(folder: Path, repeat: int) -> tuple[int, Run]:
     """Weights of one MoE layer's experts, and the median run of `--outtype ccq2` on a checkpoint of two layers."""
-    checkpoint = make_checkpoint(folder / "ccq2", 2)
+    shape = SHAPES["21b"]
+    checkpoint = make_checkpoint(folder / "ccq2", bf16_21b(shape.dense + 1))
     output = folder / "ccq2.gguf"
     runs = []
     for _ in range(repeat):
         clear(output)
         runs.append(run_observed([our_command(), "convert", checkpoint, "--outfile", output, "--outtype", "ccq2"]))
-    return EXPERTS * 3 * HIDDEN * EXPERT_FFN, median_run(runs)
+    return shape.experts * 3 * shape.hidden * shape.expert_ffn, median_run(runs)
 
 
 def table_of(results: dict[str, Run], size: int) -> Table:
@@ -293,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="convert-speed-", dir=options.folder) as temporary:
         folder = Path(temporary)
         layers = layers_that_fit(int(options.size * 1e9))
-        checkpoint = make_checkpoint(folder / "checkpoint", layers)
+        checkpoint = make_checkpoint(folder / "checkpoint", bf16_21b(layers))
         size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
         runs = measure(contenders(checkpoint, folder, upstream), options.rounds)
         medians = {name: median_run(each) for name, each in runs.items()}

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import REPOSITORY, add_folder, add_threads, benchmark_parser, machine, report
-from convert_speed import make_checkpoint
 from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.checkpoint.shards import read_headers
 from ernie_gguf.convert import prepare
@@ -22,9 +21,11 @@ from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.quantize.run import Step, quantize
 from ernie_gguf.quantize.settings import Settings
 from ernie_gguf.quantize.text import calibration_chunks
+from random_checkpoint import make_checkpoint
+from released import SHAPES, bf16_21b
 from rich.table import Table
 
-MODEL_LAYERS = 28
+MODEL_LAYERS = SHAPES["21b"].layers
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quantize-model-", dir=options.folder) as name:
         folder = Path(name)
-        checkpoint = make_checkpoint(folder / "ernie-21b-random", options.layers)
+        checkpoint = make_checkpoint(folder / "ernie-21b-random", bf16_21b(options.layers))
         balance(checkpoint)
         text = options.text or own_text(folder, options.tokens)
         settings = Settings(options.device, options.threads, options.maps)

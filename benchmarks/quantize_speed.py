@@ -19,12 +19,14 @@ from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
 from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
 from ernie_gguf.quantize.metric import make_metric
+from released import SHAPES
 from rich.table import Table
 
 P = ParamSpec("P")
 
-SHAPES = {"gate, up": (3072, 2560), "down": (2560, 1536)}  # rows, weights per row
-MODEL_WEIGHTS = 27 * 64 * 3 * 2560 * 1536  # the experts of the 21B
+MODEL = SHAPES["21b"]
+MATRICES = {"gate, up": (2 * MODEL.expert_ffn, MODEL.hidden), "down": (MODEL.hidden, MODEL.expert_ffn)}  # rows, weights
+MODEL_WEIGHTS = (MODEL.layers - MODEL.dense) * MODEL.experts * 3 * MODEL.hidden * MODEL.expert_ffn
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def measure(device: str, experts: int, maps: int, kernels: Kernels) -> list[Timi
     """One run per shape, after one to warm up."""
     pipeline = Pipeline(make_books(CODE_MAPS[:maps], device), kernels)
     found = []
-    for name, (rows, k) in SHAPES.items():
+    for name, (rows, k) in MATRICES.items():
         w, h = problem(experts, rows, k, device)
         pipeline.encode(w[:1, :64], h[:1])
         metric = make_metric(h)

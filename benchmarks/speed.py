@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import add_folder, add_llama_cpp, add_rounds, benchmark_parser, llama_bench, machine, progress, report
+from released import SHAPES, Shape
 from rich.table import Table
-from synthetic import IK_TYPES, SHAPES, TYPES, Shape, Type, tensors, write_model
+from synthetic import IK_TYPES, TYPES, Type, tensors, write_model
 
 ALL_TYPES = TYPES | IK_TYPES
 OURS = "ours"
@@ -115,7 +116,7 @@ def measure(contenders: list[Contender], shape: Shape, options: argparse.Namespa
         folder = Path(name)
         for on_disk in [types] if options.device == "cpu" else [[each] for each in types]:
             models = {
-                each: write_model(folder / f"{each}.gguf", shape, options.layers, options.vocab, ALL_TYPES[each])
+                each: write_model(folder / f"{each}.gguf", shape, ALL_TYPES[each])
                 for each in progress(on_disk, "writing")
             }
             here = [contender for contender in contenders if contender.ggml_type in models]
@@ -128,10 +129,10 @@ def measure(contenders: list[Contender], shape: Shape, options: argparse.Namespa
     return samples, gpu
 
 
-def bytes_per_token(shape: Shape, layers: int, vocab: int, expert_type: Type) -> int:
+def bytes_per_token(shape: Shape, expert_type: Type) -> int:
     """Bytes of weights that one token reads: all but the experts not routed to (the head is the embedding)."""
     total = 0
-    for tensor in tensors(shape, layers, vocab, expert_type):
+    for tensor in tensors(shape, expert_type):
         total += tensor.nbytes * shape.used // shape.experts if "_exps." in tensor.name else tensor.nbytes
     return total
 
@@ -220,7 +221,6 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
 
     defaults = DEFAULTS[options.device]
-    options.vocab = defaults.vocab
     options.shape = options.shape or defaults.shape
     options.layers = options.layers or defaults.layers or SHAPES[options.shape].layers - SHAPES[options.shape].dense
     options.types = options.types or list(defaults.types)
@@ -241,9 +241,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the files, measure, report."""
     options = parse_arguments()
-    shape = SHAPES[options.shape]
-    if not DEFAULTS[options.device].dense:
-        shape = replace(shape, dense=0)
+    dense = SHAPES[options.shape].dense if DEFAULTS[options.device].dense else 0
+    vocab = DEFAULTS[options.device].vocab
+    shape = replace(SHAPES[options.shape], dense=dense, layers=dense + options.layers, vocab=vocab)
     contenders = [Contender(name, folder, each) for name, folder, types in builds(options) for each in types]
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     where = machine()
@@ -251,8 +251,7 @@ def main() -> None:
     if gpu and options.device == "cuda":
         where["gpu"] = gpu
     per_token = {
-        name: bytes_per_token(shape, options.layers, options.vocab, ALL_TYPES[name])
-        for name in {contender.ggml_type for contender in contenders}
+        name: bytes_per_token(shape, ALL_TYPES[name]) for name in {contender.ggml_type for contender in contenders}
     }
     medians = {
         contender: {test: statistics.median(speeds) for test, speeds in by_test.items()}
@@ -261,7 +260,6 @@ def main() -> None:
     results: dict[str, object] = {
         "machine": where,
         "shape": shape,
-        "moe_layers": options.layers,
         "bytes_per_token": per_token,
         "copy_bytes_per_second": bandwidth,
         "tokens_per_second": [

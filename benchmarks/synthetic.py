@@ -13,32 +13,10 @@ from ernie_gguf.ccq2.rows import ccq2_row_size
 from ernie_gguf.gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, padded
 from ernie_gguf.gguf_file.writer import write_header
 from gguf import GGUFWriter
+from released import Shape
 
 ARCH = "ernie4_5-moe"
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides the shapes of a model's tensors. `dense` layers come first; their MLP has width `dense_ffn`."""
-
-    name: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    expert_ffn: int
-    used: int
-    shared: int
-    dense: int
-    dense_ffn: int
-    layers: int
-    head_dim: int = 128
-    experts: int = 64
-
-
-SHAPES = {
-    "21b": Shape("ERNIE-4.5-21B-A3B", 2560, 20, 4, 1536, 6, 2, 1, 12288, 28),
-    "300b": Shape("ERNIE-4.5-300B-A47B", 8192, 64, 8, 3584, 8, 0, 3, 28672, 54),
-}
 
 WEIGHT = 0.02  # about the size of a decoded weight: activations neither vanish nor overflow
 CHUNK_ROWS = 1 << 15
@@ -126,11 +104,11 @@ class Tensor:
         return self.rows * self.type.row_size(self.shape[-1])
 
 
-def tensors(shape: Shape, layers: int, vocab: int, expert_type: Type) -> Iterator[Tensor]:
-    """All tensors of a model of `layers` MoE layers after the dense ones; the head is the embedding."""
+def tensors(shape: Shape, expert_type: Type) -> Iterator[Tensor]:
+    """All tensors of a model; the head is the embedding."""
     linear, exact = TYPES["q8_0"], TYPES["f32"]
-    yield Tensor("token_embd.weight", (vocab, shape.hidden), linear)
-    for i in range(shape.dense + layers):
+    yield Tensor("token_embd.weight", (shape.vocab, shape.hidden), linear)
+    for i in range(shape.layers):
         yield Tensor(f"blk.{i}.attn_norm.weight", (shape.hidden,), exact)
         yield Tensor(f"blk.{i}.attn_q.weight", (shape.heads * shape.head_dim, shape.hidden), linear)
         yield Tensor(f"blk.{i}.attn_k.weight", (shape.kv_heads * shape.head_dim, shape.hidden), linear)
@@ -164,10 +142,10 @@ def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     return data.tobytes()
 
 
-def write_model(path: Path, shape: Shape, layers: int, vocab: int, expert_type: Type) -> Path:
-    """Write one GGUF of `layers` MoE layers: random bytes with sane scales, the same ones in tensors of one shape."""
+def write_model(path: Path, shape: Shape, expert_type: Type) -> Path:
+    """Write one GGUF: random bytes with sane scales, the same ones in tensors of one shape."""
     writer = GGUFWriter(None, ARCH)
-    writer.add_block_count(shape.dense + layers)
+    writer.add_block_count(shape.layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length(shape.dense_ffn)
@@ -182,11 +160,11 @@ def write_model(path: Path, shape: Shape, layers: int, vocab: int, expert_type: 
         writer.add_expert_shared_feed_forward_length(shape.expert_ffn * shape.shared)
     writer.add_interleave_moe_layer_step(1)
     writer.add_leading_dense_block_count(shape.dense)
-    writer.add_vocab_size(vocab)
+    writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("none")
     if expert_type is TYPES["ccq2"]:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
-    planned = list(tensors(shape, layers, vocab, expert_type))
+    planned = list(tensors(shape, expert_type))
     for tensor in planned:
         float32 = np.dtype(np.float32)  # whatever is not uint8: the shape is one of weights, not of bytes
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, raw_dtype=tensor.type.id)

@@ -11,7 +11,8 @@ from ernie_gguf.errors import PlanError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.types import GgmlType
 from ernie_gguf.plan import Plan, make_plan, resolve_auto
-from support.checkpoints import ITEM, Spec, config, stored
+from released import ITEM
+from support.checkpoints import Spec, config, stored
 
 Headers = dict[str, TensorHeader]
 

@@ -15,8 +15,8 @@ from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
-from support.checkpoints import Spec, Stored, config, make, store, stored
-from support.paddle import Quantized, plain, quantized, two_bits_config, write
+from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
+from support.paddle import Quantized, plain, quantized, two_bits_config
 from support.vl import make_vl, vl_config
 
 SPEC = Spec(layers=3, experts=4, heads=6, first_moe=1)
@@ -50,7 +50,9 @@ WINT4_CONFIGS = [
 @pytest.mark.parametrize("quantization", WINT4_CONFIGS)
 def test_wint4(tmp_path: Path, quantization: dict[str, Any]) -> None:
     values = config(SPEC) | {"quantization_config": quantization}
-    file = convert(write(tmp_path / "ERNIE-4.5-WINT4-Paddle", values, wint4(SPEC).tensors), tmp_path / "out.gguf")
+    file = convert(
+        write_checkpoint(tmp_path / "ERNIE-4.5-WINT4-Paddle", values, wint4(SPEC).tensors), tmp_path / "out.gguf"
+    )
     types = {tensor.name: tensor.type_name for tensor in file.tensors}
     assert types["blk.1.ffn_down_exps.weight"] == "q4_0"
     assert (
@@ -63,7 +65,7 @@ def test_shared_experts_are_dense_linears(tmp_path: Path) -> None:
     """They are int8 beside 2-bit experts, whatever their layer."""
     made = quantized(SPEC, lambda name: "wint8" if ".mlp.experts." not in name else "wint2")
     quantization = two_bits_config(SPEC, 0)["quantization_config"]
-    source = write(tmp_path / "source", config(SPEC) | {"quantization_config": quantization}, made.tensors)
+    source = write_checkpoint(tmp_path / "source", config(SPEC) | {"quantization_config": quantization}, made.tensors)
     types = {tensor.name: tensor.type_name for tensor in convert(source, tmp_path / "out.gguf").tensors}
     assert (types["blk.1.ffn_up_shexp.weight"], types["blk.1.ffn_up_exps.weight"]) == ("q8_0", "ccq2")
 
@@ -94,7 +96,7 @@ def test_block_wise_fp8(tmp_path: Path, block: int) -> None:
     values = config(SPEC) | {
         "quantization_config": {"quantization": "block_wise_fp8", "weight_block_size": [block, block]}
     }
-    source = write(tmp_path / "source", values, tensors)
+    source = write_checkpoint(tmp_path / "source", values, tensors)
     file = convert(source, tmp_path / "out.gguf", "f32")
     tensor = {tensor.name: tensor for tensor in file.tensors}
     o_proj = file.rows(tensor["blk.2.attn_output.weight"]).view(np.float32)
@@ -122,7 +124,9 @@ def test_e4m3() -> None:
     ],
 )
 def test_layouts_that_are_not_known(tmp_path: Path, quantization: dict[str, Any], reason: str) -> None:
-    source = write(tmp_path / "source", config(SPEC) | {"quantization_config": quantization}, wint4(SPEC).tensors)
+    source = write_checkpoint(
+        tmp_path / "source", config(SPEC) | {"quantization_config": quantization}, wint4(SPEC).tensors
+    )
     with pytest.raises(ConfigError, match=f"^config.json: quantization_config: moe_quant_type {re.escape(reason)}"):
         prepare(source, Outtype.AUTO)
 

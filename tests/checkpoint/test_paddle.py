@@ -18,7 +18,7 @@ from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor, read_gguf
 from ernie_gguf.plan import Plan, make_plan
 from ernie_gguf.transform import Inexact
-from support.checkpoints import Spec, Stored, config, make, store, stored
+from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
 from support.paddle import (
     INT4_END,
     TWO_BITS,
@@ -29,7 +29,6 @@ from support.paddle import (
     quantized,
     two_bits_config,
     two_bits_kind,
-    write,
 )
 
 SPEC = Spec(layers=2, experts=3, heads=6, tied=False)  # attention wider than the hidden size: no matrix of it is square
@@ -207,13 +206,13 @@ def test_a_scale_beyond_f16_is_reported_or_refused(tmp_path: Path) -> None:
     name = "ernie.layers.0.self_attn.o_proj.weight_scale"
     scale = np.full(256, 2.0**-10, np.float32)
     scale[7] = 2.0**-20 * 1.0078125  # f16's smallest numbers are 2^-24 apart: 16.125 of them
-    write(tmp_path / "small", values, made.tensors | {name: store(scale, "BF16")})
+    write_checkpoint(tmp_path / "small", values, made.tensors | {name: store(scale, "BF16")})
     _, result = convert(tmp_path / "small", tmp_path / "out.gguf")
     inexact = result.inexact["blk.0.attn_output.weight"]
     assert (inexact.rows, inexact.missed_rows, inexact.rounded_scales) == (256, 0, 1)
     assert inexact.scale_error == 0.125 / 16.125
     scale[7] = 70000
-    write(tmp_path / "large", values, made.tensors | {name: store(scale, "BF16")})
+    write_checkpoint(tmp_path / "large", values, made.tensors | {name: store(scale, "BF16")})
     with pytest.raises(EncodeError, match=r"o_proj.quant_weight: row 7, .* scale 70144 is no finite f16, up to 65504$"):
         convert(tmp_path / "large", tmp_path / "none.gguf")
 

@@ -18,9 +18,20 @@ from ernie_gguf.convert import prepare, run
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_gguf.verify import decode
-from support.checkpoints import EXAMPLE, F32, Spec, Stored, config, make, stored, to_bf16, write_tensors
+from support.checkpoints import (
+    EXAMPLE,
+    F32,
+    Spec,
+    Stored,
+    config,
+    make,
+    stored,
+    to_bf16,
+    write_checkpoint,
+    write_tensors,
+)
 from support.command_line import Command, snapshot
-from support.paddle import make_plain, make_two_bits, quantized, write
+from support.paddle import make_plain, make_two_bits, quantized
 from support.vl import make_vl
 
 from quantize.small import SMALL, Quantize
@@ -297,7 +308,7 @@ def int4(folder: Path) -> Path:
     spec = replace(SMALL, shared=0)
     made = quantized(spec, lambda name: "wint4" if ".experts." in name else "wint8")
     quantization = {"dense_quant_type": "wint8", "moe_quant_type": "wint4", "quantization": "mix_quant"}
-    return write(folder, config(spec) | {"quantization_config": quantization}, made.tensors)
+    return write_checkpoint(folder, config(spec) | {"quantization_config": quantization}, made.tensors)
 
 
 QUANTIZED = "expected a BF16, F16 or F32 checkpoint. To run it as it is, use convert"

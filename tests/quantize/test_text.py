@@ -13,8 +13,9 @@ from ernie_gguf.checkpoint.config import read_config
 from ernie_gguf.errors import TokenizerError
 from ernie_gguf.quantize import text as text_module
 from ernie_gguf.quantize.text import Calibration, CalibrationError, calibration_chunks
+from released import copy_tokenizer
 from sentencepiece import SentencePieceProcessor
-from support.checkpoints import EXAMPLE, copy_tokenizer
+from support.checkpoints import EXAMPLE
 
 CONFIG = read_config(EXAMPLE)
 TOKENIZER = SentencePieceProcessor(model_file=str(EXAMPLE / "tokenizer.model"))

@@ -5,26 +5,16 @@ Remake the file (needs the extra `reference`): PYTHONPATH=tests python -m refere
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
-from support.checkpoints import Stored, config, copy_tokenizer, store, write_tensors
+from support.checkpoints import config, store, write_checkpoint
 from support.paddle import TWO_BITS, make_two_bits, split_names
 
 from reference import specimens
 from reference.golden import Golden, GoldenPrompt, checkpoint_sha256
 
 NAME = "two-bits"
-
-
-def write_dequantized(folder: Path, weights: dict[str, Stored]) -> Path:
-    """A -PT checkpoint of float32 weights."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config(TWO_BITS)))
-    write_tensors(folder, weights)
-    copy_tokenizer(folder)
-    return folder
 
 
 def compute(folder: Path) -> Golden:
@@ -35,7 +25,9 @@ def compute(folder: Path) -> Golden:
     split = split_names(made.weights, TWO_BITS)
     stored = {name: store(w, "F32") for name, w in split.items() if "mtp_" not in name}
     prompts = specimens.prompts(folder / NAME)
-    computed = transformers_logits(write_dequantized(folder / "float32", stored), [ids for _, ids in prompts])
+    computed = transformers_logits(
+        write_checkpoint(folder / "float32", config(TWO_BITS), stored), [ids for _, ids in prompts]
+    )
     kept = [GoldenPrompt.of(text, ids, *each) for (text, ids), each in zip(prompts, computed, strict=True)]
     return Golden(NAME, checkpoint_sha256(folder / NAME), MADE_WITH, kept)
 

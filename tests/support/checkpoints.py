@@ -5,22 +5,20 @@ one shard and five, hold the same weights.
 """
 
 import json
-import shutil
-import struct
 import zlib
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import released
+from released import Entry
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ernie-tiny"
+EXAMPLE = released.TOKENIZER  # examples/ernie-tiny
 VOCAB = 4096  # of the example's tokenizer
 
 F32 = npt.NDArray[np.float32]
-ITEM = {"BF16": 2, "F16": 2, "U16": 2, "F32": 4, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -64,38 +62,25 @@ class Stored:
 
 def config(spec: Spec) -> dict[str, Any]:
     """The content of config.json."""
-    rope: dict[str, Any] = {"rope_theta": 500000.0}
-    out: dict[str, Any] = {
-        "architectures": [spec.architecture],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "head_dim": spec.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.ffn_width,
-        "max_position_embeddings": 4096,
-        "model_type": "ernie4_5_moe" if spec.moe else "ernie4_5",
-        "num_attention_heads": spec.heads,
-        "num_hidden_layers": spec.layers,
-        "num_key_value_heads": spec.kv_heads,
-        "rms_norm_eps": 1e-05,
-        "tie_word_embeddings": spec.tied,
-        "use_bias": False,
-        "vocab_size": VOCAB,
-        **({"rope_parameters": {**rope, "rope_type": "default"}} if spec.rope_parameters else rope),
-    }
-    if spec.moe:
-        out |= {
-            "moe_intermediate_size": spec.expert_width,
-            "moe_k": spec.used,
-            "moe_layer_end_index": spec.layers - 1,
-            "moe_layer_interval": 1,
-            "moe_layer_start_index": spec.first_moe,
-            "moe_num_experts": spec.experts,
-            "moe_num_shared_experts": spec.shared,
-        }
-    return out
+    shape = released.Shape(
+        name="",
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        expert_ffn=spec.expert_width,
+        used=spec.used,
+        shared=spec.shared,
+        dense=spec.first_moe,
+        dense_ffn=spec.ffn_width,
+        layers=spec.layers,
+        head_dim=spec.head_dim,
+        experts=spec.experts if spec.moe else 0,
+        vocab=VOCAB,
+    )
+    values = released.config(shape, tied=spec.tied, context=4096) | {"architectures": [spec.architecture]}
+    if spec.rope_parameters:
+        values["rope_parameters"] = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
+    return values
 
 
 def to_bf16(values: F32) -> npt.NDArray[np.uint16]:
@@ -182,20 +167,14 @@ def stored(spec: Spec) -> dict[str, Stored]:
     }
 
 
+def entries(tensors: dict[str, Stored]) -> list[Entry]:
+    """The tensors as a safetensors header has them."""
+    return [Entry(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+
+
 def write_safetensors(path: Path, tensors: dict[str, Stored]) -> None:
     """One safetensors file, tensors in the order given."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(tensor.data)],
-        }
-        offset += len(tensor.data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensor.data for tensor in tensors.values()))
+    path.write_bytes(released.header(entries(tensors)) + b"".join(tensor.data for tensor in tensors.values()))
 
 
 def write_tensors(folder: Path, tensors: dict[str, Stored], shards: int = 1) -> None:
@@ -204,28 +183,25 @@ def write_tensors(folder: Path, tensors: dict[str, Stored], shards: int = 1) -> 
         write_safetensors(folder / "model.safetensors", tensors)
         return
     names = list(tensors)
-    index: dict[str, str] = {}
+    files = {}
     for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
-        write_safetensors(folder / file, {name: tensors[name] for name in part})
-        index |= dict.fromkeys(part, file)
-    total = sum(prod(tensor.shape) * ITEM[tensor.dtype] for tensor in tensors.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-    (folder / "model.safetensors.index.json").write_text(text)
+        part = {name: tensors[name] for name in names[i * len(names) // shards : (i + 1) * len(names) // shards]}
+        files[f"model-{i + 1:05}-of-{shards:05}.safetensors"] = part
+    for file, part in files.items():
+        write_safetensors(folder / file, part)
+    released.write_index(folder, {file: entries(part) for file, part in files.items()})
 
 
-def copy_tokenizer(folder: Path) -> None:
-    """The example's tokenizer."""
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(EXAMPLE / name, folder / name)
+def write_checkpoint(folder: Path, values: dict[str, Any], tensors: dict[str, Stored], shards: int = 1) -> Path:
+    """config.json, tensors and tokenizer in a new folder; returns it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(values, indent=1))
+    write_tensors(folder, tensors, shards)
+    released.copy_tokenizer(folder)
+    return folder
 
 
 def make(folder: Path, spec: Spec | None = None) -> Path:
     """Write a whole checkpoint into `folder`, which is created; returns `folder`."""
     spec = spec or Spec()
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config(spec), indent=1))
-    write_tensors(folder, stored(spec), spec.shards)
-    copy_tokenizer(folder)
-    return folder
+    return write_checkpoint(folder, config(spec), stored(spec), spec.shards)

@@ -4,7 +4,6 @@ The packers are slow and literal (index by index); they share nothing with the c
 checkpoint are what its bytes mean, under split -PT names: the reference for logits and for verification.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Callable
@@ -14,18 +13,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from released import two_bits_quantization
 
 from support.checkpoints import (
     F32,
     Spec,
     Stored,
     config,
-    copy_tokenizer,
     from_bf16,
     store,
     to_bf16,
     weights,
-    write_tensors,
+    write_checkpoint,
 )
 
 LINEAR = re.compile(r"(_proj|\.mlp\.gate|^lm_head)\.weight$")
@@ -52,15 +51,7 @@ def plain(spec: Spec, raw_uint16: bool = False) -> dict[str, Stored]:
 
 
 def make_plain(folder: Path, spec: Spec, raw_uint16: bool = False) -> Path:
-    return write(folder, config(spec), plain(spec, raw_uint16), spec.shards)
-
-
-def write(folder: Path, values: dict[str, Any], tensors: dict[str, Stored], shards: int = 1) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values, indent=1))
-    write_tensors(folder, tensors, shards)
-    copy_tokenizer(folder)
-    return folder
+    return write_checkpoint(folder, config(spec), plain(spec, raw_uint16), spec.shards)
 
 
 def pack_int8(q: I8) -> U8:
@@ -201,29 +192,8 @@ def quantized(spec: Spec, kind_of: Callable[[str], str], scale_shape: str = "n",
 
 
 def two_bits_config(spec: Spec, int4_end: int) -> dict[str, Any]:
-    """config.json of a 2Bits-Paddle checkpoint, as the engine's documentation prints it."""
-    return config(spec) | {
-        "quantization_config": {
-            "dense_quant_type": "wint8",
-            "moe_quant_type": "w4w2",
-            "quantization": "wint2",
-            "moe_quant_config": {
-                "moe_w4_quant_config": {
-                    "quant_type": "wint4",
-                    "quant_granularity": "per_channel",
-                    "quant_start_layer": 0,
-                    "quant_end_layer": int4_end,
-                },
-                "moe_w2_quant_config": {
-                    "quant_type": "wint2",
-                    "quant_granularity": "pp_acc",
-                    "quant_group_size": 64,
-                    "quant_start_layer": int4_end + 1,
-                    "quant_end_layer": spec.layers - 1,
-                },
-            },
-        }
-    }
+    """config.json of a 2Bits-Paddle checkpoint."""
+    return config(spec) | {"quantization_config": two_bits_quantization(int4_end, spec.layers)}
 
 
 def two_bits_kind(int4_end: int) -> Callable[[str], str]:
@@ -247,7 +217,7 @@ def make_two_bits(
 ) -> Quantized:
     """Write a 2Bits-Paddle checkpoint into `folder`."""
     made = quantized(spec, two_bits_kind(int4_end), scale_shape, supers)
-    write(folder, two_bits_config(spec, int4_end), made.tensors, spec.shards)
+    write_checkpoint(folder, two_bits_config(spec, int4_end), made.tensors, spec.shards)
     return made
 
 

@@ -4,13 +4,12 @@ Per MoE layer: `gate.weight` is [hidden, experts] in the -PT files too, `gate.we
 correction bias has a row for each, and vision experts (of a smaller width) are numbered after the text experts.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from support.checkpoints import Spec, Stored, _random, config, copy_tokenizer, store, stored, write_tensors
+from support.checkpoints import Spec, Stored, _random, config, store, stored, write_checkpoint
 from support.paddle import paddle_name, plain
 
 VISION_WIDTH = 64
@@ -63,8 +62,5 @@ def with_vision(spec: Spec, text: dict[str, Stored], paddle: bool) -> dict[str, 
 
 def make_vl(folder: Path, spec: Spec, paddle: bool = False) -> Path:
     """Write a VL checkpoint whose language model is the checkpoint that `spec` makes."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(vl_config(spec), indent=1))
-    write_tensors(folder, with_vision(spec, plain(spec) if paddle else stored(spec), paddle), spec.shards)
-    copy_tokenizer(folder)
-    return folder
+    tensors = with_vision(spec, plain(spec) if paddle else stored(spec), paddle)
+    return write_checkpoint(folder, vl_config(spec), tensors, spec.shards)

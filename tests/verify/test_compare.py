@@ -21,8 +21,8 @@ from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from ernie_gguf.verify import decode
 from ernie_gguf.verify.compare import Verdict
-from support.checkpoints import EXAMPLE, Spec, make, store
-from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_kind, write
+from support.checkpoints import EXAMPLE, Spec, make, store, write_checkpoint
+from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_kind
 
 SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int4, 2 2-bit
 
@@ -181,7 +181,7 @@ def unmapped(tmp_path: Path) -> tuple[Path, Path]:
     (bad,) = np.flatnonzero((missing * fit.m[0] + fit.z[0]) >> np.uint32(17) != exact)[:1]
     codes[::2, 9] = bad
     made.tensors[module + "quant_weight"] = replace(made.tensors[module + "quant_weight"], data=codes.tobytes())
-    write(tmp_path / "source", two_bits_config(SMALL, 1), made.tensors)
+    write_checkpoint(tmp_path / "source", two_bits_config(SMALL, 1), made.tensors)
     return tmp_path / "source", convert(tmp_path / "source", tmp_path / "out.gguf")
 
 
