@@ -40,7 +40,7 @@ class _Stopped(BaseException):
 
 def _version(value: bool) -> None:
     if value:
-        from importlib.metadata import version  # noqa: PLC0415 - lazy, see the module's docstring
+        from importlib.metadata import version
 
         typer.echo(f"ernie-gguf {version('ernie-gguf')}")
         raise typer.Exit
@@ -61,8 +61,8 @@ def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterato
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import (  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
@@ -119,10 +119,10 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     ),
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
-    from . import report  # noqa: PLC0415
-    from .convert import output_path, prepare, run, split_plan  # noqa: PLC0415
-    from .gguf_file.split import parse_size, split_paths  # noqa: PLC0415
-    from .gguf_file.types import GgmlType  # noqa: PLC0415
+    from . import report
+    from .convert import output_path, prepare, run, split_plan
+    from .gguf_file.split import parse_size, split_paths
+    from .gguf_file.types import GgmlType
 
     try:
         split_bytes = None if split_max_size is None else parse_size(split_max_size)
@@ -148,8 +148,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a GGUF file's metadata, tensors, sizes and bits per weight."""
-    from . import report  # noqa: PLC0415
-    from .gguf_file.reader import read_gguf  # noqa: PLC0415
+    from . import report
+    from .gguf_file.reader import read_gguf
 
     gguf = read_gguf(file)
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
@@ -164,12 +164,12 @@ def verify(
     threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from; exit code 1 if one is wrong."""
-    from .convert import read_checkpoint  # noqa: PLC0415
-    from .gguf_file.reader import read_gguf  # noqa: PLC0415
-    from .mapping import map_tensors  # noqa: PLC0415
-    from .report import show  # noqa: PLC0415
-    from .verify.compare import verify as compare  # noqa: PLC0415
-    from .verify.report import verdicts_json, verdicts_table  # noqa: PLC0415
+    from .convert import read_checkpoint
+    from .gguf_file.reader import read_gguf
+    from .mapping import map_tensors
+    from .report import show
+    from .verify.compare import verify as compare
+    from .verify.report import verdicts_json, verdicts_table
 
     gguf = read_gguf(file)
     mapped = map_tensors(*read_checkpoint(source, text_only))
@@ -187,7 +187,7 @@ app.command()(chat)
 
 def _mention_leftovers(folder: Path) -> None:
     """Name what runs that were killed have left behind; their names and first bytes say that they are no models."""
-    from .files import leftovers  # noqa: PLC0415
+    from .files import leftovers
 
     for path in leftovers(folder):
         sys.stderr.write(f"note: {path} is left from a run that was killed; remove it\n")

@@ -1,12 +1,11 @@
 """config.json -> ErnieConfig, every value checked before anything uses it."""
 
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .json_object import read_object, shown
+from .json_object import JsonObject, read_object, shown
 from .quant_config import QuantConfig, parse_quant_config
 
 # Hugging Face architecture -> GGUF architecture
@@ -71,53 +70,11 @@ class ErnieConfig:
         return self.moe is not None and layer >= self.moe.first_layer
 
 
-class _Values:
-    """Typed access to the keys of one JSON object; null counts as absent, as in transformers."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def error(self, key: str, expected: str) -> ConfigError:
-        found = shown(self.values[key]) if key in self.values else "nothing"
-        return ConfigError(f"{self.where}: {key}: expected {expected}, found {found}")
-
-    def get(self, key: str) -> Any:  # noqa: ANN401 - JSON
-        value = self.values.get(key)
-        if isinstance(value, list):
-            hint = (
-                "; --text-only takes the first in a vision-language (VL) checkpoint" if key.startswith("moe_") else ""
-            )
-            raise ConfigError(f"{self.where}: {key} is a list ({shown(value)}): expected one value{hint}")
-        return value
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not low <= value <= high:
-            raise self.error(key, f"an integer from {low} to {high}")
-        return value
-
-    def optional_id(self, key: str, vocab: int) -> int | None:
-        return None if self.get(key) is None else self.integer(key, 0, vocab - 1)
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        if type(value) not in (int, float) or not isfinite(value) or not value > 0:
-            raise self.error(key, "a finite number above 0")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+def _optional_id(config: JsonObject, key: str, vocab: int) -> int | None:
+    return config.integer(key, 0, vocab - 1) if key in config else None
 
 
-def _architecture(config: _Values, text_only: bool) -> str:
+def _architecture(config: JsonObject, text_only: bool) -> str:
     names = config.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error("architectures", "a list of one name")
@@ -135,7 +92,7 @@ def _architecture(config: _Values, text_only: bool) -> str:
     return ARCHITECTURES[names[0]]
 
 
-def _rope_theta(config: _Values) -> float:
+def _rope_theta(config: JsonObject) -> float:
     """From rope_parameters (newer configs) or rope_theta; refuses every kind of scaled RoPE."""
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
@@ -143,7 +100,7 @@ def _rope_theta(config: _Values) -> float:
             continue
         if not isinstance(value, dict):
             raise config.error(key, "an object or null")
-        rope = _Values(value, f"{config.where}: {key}")
+        rope = JsonObject(value, f"{config.where}: {key}")
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             raise ConfigError(f"{rope.where}: rope_type {shown(kind)} is not supported, expected 'default'")
@@ -152,7 +109,7 @@ def _rope_theta(config: _Values) -> float:
     return config.number("rope_theta")
 
 
-def _moe(config: _Values, layers: int) -> MoeConfig:
+def _moe(config: JsonObject, layers: int) -> MoeConfig:
     experts = config.integer("moe_num_experts", 1, MAX_EXPERTS)
     # llama.cpp's loader knows only "dense up to here, MoE from here on".
     if config.integer("moe_layer_interval", 1, MAX_LAYERS, default=1) != 1:
@@ -183,7 +140,7 @@ def _text_values(values: dict[str, Any], where: str) -> tuple[dict[str, Any], in
     merged = {**values, **{key: value for key, value in (nested or {}).items() if key != "architectures"}}
     experts = merged.get("moe_num_experts")
     vision = (
-        _Values({"moe_num_experts": experts[1]}, where).integer("moe_num_experts", 0, MAX_EXPERTS)
+        JsonObject({"moe_num_experts": experts[1]}, where).integer("moe_num_experts", 0, MAX_EXPERTS)
         if (isinstance(experts, list) and len(experts) == 2)
         else 0
     )
@@ -196,12 +153,12 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
 
     With `text_only` a VL checkpoint is read as its language model.
     """
-    config = _Values(values, where)
+    config = JsonObject(values, where)
     arch = _architecture(config, text_only)
     vision_experts = None
     if values["architectures"][0] in VL_ARCHITECTURES:
         values, vision_experts = _text_values(values, where)
-        config = _Values(values, where)
+        config = JsonObject(values, where)
     # llama.cpp's ERNIE graphs ignore the bias of attention output and FFN: such a model would run and be wrong.
     if config.boolean("use_bias", default=False):
         raise config.error("use_bias", "false: llama.cpp's ERNIE graphs have no biases")
@@ -233,9 +190,9 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
         rms_eps=config.number("rms_norm_eps"),
         tied=config.boolean("tie_word_embeddings", default=True),
         moe=_moe(config, layers) if arch == ARCHITECTURES["Ernie4_5_MoeForCausalLM"] else None,
-        bos=config.optional_id("bos_token_id", vocab),
-        eos=config.optional_id("eos_token_id", vocab),
-        pad=config.optional_id("pad_token_id", vocab),
+        bos=_optional_id(config, "bos_token_id", vocab),
+        eos=_optional_id(config, "eos_token_id", vocab),
+        pad=_optional_id(config, "pad_token_id", vocab),
         quant=parse_quant_config(values.get("quantization_config"), layers, where),
         vision_experts=vision_experts,
     )

@@ -1,10 +1,11 @@
-"""Reading of the checkpoint's JSON files, with errors that name the file."""
+"""The checkpoint's JSON files: read whole, and read key by key, with errors that name file and key."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..errors import ErnieGgufError
+from ..errors import ConfigError, ErnieGgufError
 
 # The largest index of the family (300B) is 2 MB; a tokenizer.json of 100,000 tokens is 8 MB.
 MAX_JSON_BYTES = 100 << 20
@@ -53,3 +54,76 @@ def read_object(path: Path, error: type[ErnieGgufError]) -> dict[str, Any]:
     except OSError as exc:
         raise error(f"{path}: {exc.strerror}") from exc
     return parse_object(text, path.name, error)
+
+
+class JsonObject:
+    """Typed access to the keys of one object of config.json; null counts as absent, as in transformers.
+
+    Every method raises ConfigError, naming the key, what was found and what was expected.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        """The error for a value that is not as expected."""
+        found = shown(self.values[key]) if key in self.values else "nothing"
+        return ConfigError(f"{self.where}: {key}: expected {expected}, found {found}")
+
+    def get(self, key: str) -> Any:  # noqa: ANN401 - JSON
+        """A value of any type but a list, which only VL checkpoints have where others have one value."""
+        value = self.values.get(key)
+        if isinstance(value, list):
+            hint = (
+                "; --text-only takes the first in a vision-language (VL) checkpoint" if key.startswith("moe_") else ""
+            )
+            raise ConfigError(f"{self.where}: {key} is a list ({shown(value)}): expected one value{hint}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        """An integer from `low` to `high`; required unless there is a default."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number above 0."""
+        value = self.get(key)
+        if type(value) not in (int, float) or not isfinite(value) or not value > 0:
+            raise self.error(key, "a finite number above 0")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A string, or None where the key is absent."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+    def child(self, key: str) -> "JsonObject | None":
+        """A nested object, or None where the key is absent."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return None if value is None else JsonObject(value, f"{self.where}.{key}")
+
+    def only(self, key: str, expected: tuple[object, ...]) -> None:
+        """Check that the key is absent or has one of these values."""
+        if key in self and self.values[key] not in expected:
+            raise self.error(key, " or ".join(map(repr, expected)))

@@ -5,10 +5,9 @@ Two spellings occur: `dense_quant_type` and `moe_quant_type` beside each other, 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ConfigError
-from .json_object import shown
+from .json_object import JsonObject, shown
 from .quantized import STORAGES
 
 # What experts may be stored as, "bf16" standing for every float; only they come in two bits.
@@ -45,70 +44,49 @@ class QuantConfig:
         return "wint4" if self.experts == "wint2" and layer <= self.int4_end else self.experts
 
 
-class _Reader:
-    """Typed access with errors that name the key."""
-
-    def __init__(self, where: str, values: dict[str, Any]) -> None:
-        self.where = where
-        self.values = values
-
-    def error(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key}: expected {expected}, found {shown(self.values.get(key))}")
-
-    def child(self, key: str) -> "_Reader | None":
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "an object")
-        return None if value is None else _Reader(f"{self.where}.{key}", value)
-
-    def text(self, key: str) -> str | None:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self.error(key, "a string")
-        return _SPELLINGS.get(value, value) if value is not None else None
-
-    def layer(self, key: str, default: int) -> int:
-        value = self.values.get(key, default)
-        if type(value) is not int or value < 0:
-            raise self.error(key, "a layer number")
-        return value
-
-    def only(self, key: str, expected: tuple[object, ...]) -> None:
-        """The key is absent or has one of these values."""
-        if self.values.get(key) is not None and self.values[key] not in expected:
-            raise self.error(key, " or ".join(map(repr, expected)))
+def _layer(config: JsonObject, key: str, default: int) -> int:
+    value = config.values.get(key, default)
+    if type(value) is not int or value < 0:
+        raise config.error(key, "a layer number")
+    return value
 
 
-def _agree(reader: _Reader, *found: tuple[str, str | None]) -> str | None:
+def _type(config: JsonObject, key: str) -> str | None:
+    """The name of a quantization type in its usual spelling."""
+    value = config.text(key)
+    return None if value is None else _SPELLINGS.get(value, value)
+
+
+def _agree(config: JsonObject, *found: tuple[str, str | None]) -> str | None:
     """One value given under several keys."""
     given = [(key, value) for key, value in found if value is not None]
     if len({value for _, value in given}) > 1:
-        raise ConfigError(f"{reader.where}: " + " but ".join(f"{key} is {shown(value)}" for key, value in given))
+        raise ConfigError(f"{config.where}: " + " but ".join(f"{key} is {shown(value)}" for key, value in given))
     return given[0][1] if given else None
 
 
-def _check_type(reader: _Reader, key: str, value: str, known: tuple[str, ...]) -> None:
+def _check_type(config: JsonObject, key: str, value: str, known: tuple[str, ...]) -> None:
     if value in UNREADABLE:
-        raise ConfigError(f"{reader.where}: {key} {shown(value)} cannot be read: {UNREADABLE[value]}")
+        raise ConfigError(f"{config.where}: {key} {shown(value)} cannot be read: {UNREADABLE[value]}")
     if value not in known:
-        raise ConfigError(f"{reader.where}: {key}: unknown type {shown(value)}, expected one of {', '.join(known)}")
+        raise ConfigError(f"{config.where}: {key}: unknown type {shown(value)}, expected one of {', '.join(known)}")
 
 
-def _dense_type(reader: _Reader) -> str | None:
+def _dense_type(config: JsonObject) -> str | None:
     """The nested spelling: a type, or an object with one."""
-    if isinstance(reader.values.get("dense_quant_config"), dict):
-        nested = reader.child("dense_quant_config")
-        return nested.text("quant_type") if nested else None
-    return reader.text("dense_quant_config")
+    if isinstance(config.values.get("dense_quant_config"), dict):
+        nested = config.child("dense_quant_config")
+        return _type(nested, "quant_type") if nested else None
+    return _type(config, "dense_quant_config")
 
 
-def _mixed_experts(reader: _Reader, moe: _Reader | None, layers: int) -> int:
+def _mixed_experts(config: JsonObject, moe: JsonObject | None, layers: int) -> int:
     """Last layer with int4 experts; checks what is said about both kinds."""
     w4 = moe and moe.child("moe_w4_quant_config")
     w2 = moe and moe.child("moe_w2_quant_config")
     if w4 is None or w2 is None:
         raise ConfigError(
-            f"{reader.where}: expected moe_quant_config with moe_w4_quant_config and moe_w2_quant_config: "
+            f"{config.where}: expected moe_quant_config with moe_w4_quant_config and moe_w2_quant_config: "
             "they say which layers are int4 and which 2-bit"
         )
     w4.only("quant_type", ("wint4", "weight_only_int4"))
@@ -116,11 +94,11 @@ def _mixed_experts(reader: _Reader, moe: _Reader | None, layers: int) -> int:
     w2.only("quant_type", ("wint2",))
     w2.only("quant_granularity", ("pp_acc",))
     w2.only("quant_group_size", (64,))
-    start, end = w4.layer("quant_start_layer", 0), w4.layer("quant_end_layer", 6)
-    first, last = w2.layer("quant_start_layer", end + 1), w2.layer("quant_end_layer", layers - 1)
+    start, end = _layer(w4, "quant_start_layer", 0), _layer(w4, "quant_end_layer", 6)
+    first, last = _layer(w2, "quant_start_layer", end + 1), _layer(w2, "quant_end_layer", layers - 1)
     if start > end or first != end + 1 or last != layers - 1:
         raise ConfigError(
-            f"{reader.where}.moe_quant_config: int4 in layers {start} to {end}, 2-bit in {first} to {last}: expected "
+            f"{config.where}.moe_quant_config: int4 in layers {start} to {end}, 2-bit in {first} to {last}: expected "
             f"them to meet and to end at layer {layers - 1}"
         )
     return end
@@ -133,25 +111,25 @@ def parse_quant_config(values: object, layers: int, where: str = "config.json") 
     where = f"{where}: quantization_config"
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected an object or null, found {type(values).__name__}")
-    reader = _Reader(where, values)
+    config = JsonObject(values, where)
     for key in ("is_quantized", "is_moe_quantized"):
-        reader.only(key, (True, False))
+        config.only(key, (True, False))
     weights_too = any(key in values for key in ("quantization", "dense_quant_type", "moe_quant_type"))
     if values.get("is_quantized") is False or (values.get("kv_cache_quant_type") is not None and not weights_too):
         return None  # weights as they were trained, to be quantized by the engine when it loads them
-    method = reader.text("quantization")
-    if method is None and reader.values.get("quant_method") is not None:
-        raise reader.error("quant_method", "none: this spelling is not Paddle's and not known")
-    moe = reader.child("moe_quant_config")
+    method = _type(config, "quantization")
+    if method is None and config.values.get("quant_method") is not None:
+        raise config.error("quant_method", "none: this spelling is not Paddle's and not known")
+    moe = config.child("moe_quant_config")
     dense = _agree(
-        reader,
-        ("dense_quant_type", reader.text("dense_quant_type")),
-        ("dense_quant_config", _dense_type(reader)),
+        config,
+        ("dense_quant_type", _type(config, "dense_quant_type")),
+        ("dense_quant_config", _dense_type(config)),
     )
     experts = _agree(
-        reader,
-        ("moe_quant_type", reader.text("moe_quant_type")),
-        ("moe_quant_config.quant_type", moe.text("quant_type") if moe else None),
+        config,
+        ("moe_quant_type", _type(config, "moe_quant_type")),
+        ("moe_quant_config.quant_type", _type(moe, "quant_type") if moe else None),
     )
     if method == "wint2":
         dense, experts = dense or "wint8", experts or "wint2"
@@ -161,10 +139,10 @@ def parse_quant_config(values: object, layers: int, where: str = "config.json") 
         raise ConfigError(
             f"{where}: expected quantization, or dense_quant_type and moe_quant_type, found {sorted(values)}"
         )
-    _check_type(reader, "moe_quant_type", experts, EXPERT_TYPES)
-    _check_type(reader, "dense_quant_type", dense, DENSE_TYPES)
+    _check_type(config, "moe_quant_type", experts, EXPERT_TYPES)
+    _check_type(config, "dense_quant_type", dense, DENSE_TYPES)
     block = values.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b <= 1 << 16 for b in block)):
-        raise reader.error("weight_block_size", "two positive integers")
-    int4_end = _mixed_experts(reader, moe, layers) if experts == "wint2" else -1
+        raise config.error("weight_block_size", "two positive integers")
+    int4_end = _mixed_experts(config, moe, layers) if experts == "wint2" else -1
     return QuantConfig(dense, experts, int4_end, (block[0], block[1]))

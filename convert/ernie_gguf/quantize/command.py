@@ -81,22 +81,22 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
 
     An interrupted run leaves OUTFILE.partial; the same command goes on from there.
     """
-    from ..convert import output_path, prepare  # noqa: PLC0415 - as all commands, see cli
-    from ..files import check_output  # noqa: PLC0415
-    from ..gguf_file.types import GgmlType  # noqa: PLC0415
-    from ..report import show  # noqa: PLC0415
+    from ..convert import output_path, prepare
+    from ..files import check_output
+    from ..gguf_file.types import GgmlType
+    from ..report import show
 
     chosen = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
     types = {name: GgmlType[kind.name] for name, kind in chosen.items() if kind is not None}
     job = prepare(source, Outtype.CCQ2, text_only, types)
     settings = _settings(device, threads, maps)
-    from .needs import needs  # noqa: PLC0415
-    from .preview import Preview  # noqa: PLC0415
-    from .progress import display  # noqa: PLC0415
-    from .report import check_report_folder, summary_json, summary_table, write_report  # noqa: PLC0415
-    from .run import check_source  # noqa: PLC0415
-    from .run import quantize as run  # noqa: PLC0415
-    from .text import calibration_chunks  # noqa: PLC0415
+    from .needs import needs
+    from .preview import Preview
+    from .progress import display
+    from .report import check_report_folder, summary_json, summary_table, write_report
+    from .run import check_source
+    from .run import quantize as run
+    from .text import calibration_chunks
 
     check_source(job)
     path = output_path(job, outfile or source)
@@ -123,7 +123,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
 @contextmanager
 def _told_what_is_kept(outfile: Path, layers: int) -> Iterator[None]:
     """If the block fails, say on stderr what an interrupted run has left, and how to go on."""
-    from .workspace import WorkspaceError, layers_done, partial_path  # noqa: PLC0415
+    from .workspace import WorkspaceError, layers_done, partial_path
 
     try:
         yield
@@ -137,10 +137,10 @@ def _told_what_is_kept(outfile: Path, layers: int) -> Iterator[None]:
 
 def _settings(device: Device | None, threads: int, maps: int) -> Settings:
     try:
-        import torch  # noqa: PLC0415
+        import torch
     except ImportError as exc:
         raise ExtraError("quantize needs torch: pip install 'ernie-gguf[quantize]' (see README.md)") from exc
-    from .settings import Settings  # noqa: PLC0415
+    from .settings import Settings
 
     gpu = torch.cuda.is_available()
     if device is Device.CUDA and not gpu:
@@ -154,7 +154,7 @@ def _settings(device: Device | None, threads: int, maps: int) -> Settings:
 
 
 def _summary(job: Job, text: Calibration, settings: Settings, result: Result) -> QuantizeSummary:
-    from .report import QuantizeSummary  # noqa: PLC0415
+    from .report import QuantizeSummary
 
     def bits(tensors: list[TensorPlan]) -> float:
         return round(8 * sum(tensor.nbytes for tensor in tensors) / sum(tensor.elements for tensor in tensors), 4)

@@ -163,7 +163,7 @@ def kernels_for(device: str) -> Kernels:
     if device == "cpu":
         return CompiledKernels() if CompiledKernels.available() else TorchKernels()
     try:
-        from .kernels_triton import TritonKernels  # noqa: PLC0415 - triton is a part of torch's CUDA builds only
+        from .kernels_triton import TritonKernels
 
         kernels = TritonKernels()
         kernels.try_out(device)

@@ -44,7 +44,7 @@ class Picture:
 
 
 def _new(height: float) -> Figure:
-    from matplotlib.figure import Figure  # noqa: PLC0415 - a part of the extra
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
 
@@ -140,8 +140,8 @@ def _heat_map(axes: Axes, grid: Grid, tensors: Sequence[Group], norm: Normalize)
 
 def error_by_expert(tensors: Sequence[Group]) -> bytes:
     """Error in the calibration metric of every expert matrix, a heat map per projection."""
-    from matplotlib.colors import Normalize  # noqa: PLC0415
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     projections = _projections(tensors)
     height = max(0.6, 0.1 * len(_layers(tensors)))
@@ -182,8 +182,8 @@ def scale_histograms(tensors: Sequence[Group]) -> bytes:
 
 def expert_load(tensors: Sequence[Group]) -> bytes:
     """Tokens that were routed to each expert, a heat map with logarithmic colours."""
-    from matplotlib.colors import LogNorm  # noqa: PLC0415
-    from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: PLC0415
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     tokens = _grid(tensors, tensors[0].projection, lambda matrix: matrix.tokens)
     tokens[tokens == 0] = np.nan

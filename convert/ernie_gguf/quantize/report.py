@@ -238,7 +238,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     except OSError as exc:
         raise OutputError(f"{place}: {exc.strerror}; the report cannot be written there") from exc
     try:
-        import matplotlib.figure  # noqa: F401, PLC0415 - a part of the extra
+        import matplotlib.figure  # noqa: F401 - a part of the extra
     except ImportError as exc:
         raise ErnieGgufError(
             "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"

@@ -38,7 +38,7 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,
 ) -> None:
     """Chat with FILE in the terminal."""
-    from ernie_llama import Llama  # noqa: PLC0415 - as all commands, see cli
+    from ernie_llama import Llama
 
     try:
         llm = Llama(
@@ -116,7 +116,7 @@ def _answer(
 def _lines() -> Iterator[str]:
     """Lines from the terminal, with history and editing where Python has them; Ctrl-C throws a line away."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401, PLC0415 - input() uses it when it is loaded
+        import readline  # noqa: F401 - input() uses it when it is loaded
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

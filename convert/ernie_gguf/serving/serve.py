@@ -49,7 +49,7 @@ def server_command(file: Path, args: Sequence[str]) -> list[str]:
     Raises:
         ServeError: `file` is no GGUF file, or llama-server is not built.
     """
-    from ernie_llama import check_gguf  # noqa: PLC0415 - as all commands, see cli
+    from ernie_llama import check_gguf
 
     try:
         check_gguf(file)
@@ -67,7 +67,7 @@ def server_program() -> Path:
     Raises:
         ServeError: there is none; says where it was looked for.
     """
-    from ernie_llama import LibraryNotFoundError, library_path  # noqa: PLC0415
+    from ernie_llama import LibraryNotFoundError, library_path
 
     try:
         library = library_path()
