@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ernie_gguf import cli
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from support.command_line import Command, Done
 
@@ -36,7 +36,7 @@ def llama_bin() -> Path:
 
 def _convert(outtype: Outtype, folder: Path) -> Path:
     path = folder / f"ernie-tiny-{outtype.value}.gguf"
-    run(prepare(TINY, outtype), path, threads=1, overwrite=False, progress=lambda _: None)
+    write_gguf(prepare(TINY, outtype), path, threads=1, overwrite=False, progress=lambda _: None)
     return path
 
 

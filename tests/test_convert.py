@@ -11,7 +11,7 @@ from ernie_gguf import write as execute
 from ernie_gguf.ccq2.encode import encode_rows
 from ernie_gguf.ccq2.rows import dequantize_rows
 from ernie_gguf.checkpoint import storage
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.errors import EncodeError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
@@ -21,7 +21,7 @@ SPEC = Spec(layers=2, experts=3)
 
 
 def convert(source: Path, outfile: Path, outtype: str, threads: int = 2, overwrite: bool = False) -> GgufFile:
-    run(prepare(source, Outtype(outtype)), outfile, threads, overwrite, lambda _: None)
+    write_gguf(prepare(source, Outtype(outtype)), outfile, threads, overwrite, lambda _: None)
     return read_gguf(outfile)
 
 
@@ -189,6 +189,6 @@ def test_nan_is_named_and_nothing_is_left(
     tensors = stored(SPEC) | {bad: store(values[bad], "BF16")}
     write_tensors(source, tensors)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(EncodeError, match=f"^tensor {bad}: row 100, column 7: nan has no place in {name}"):
+    with pytest.raises(EncodeError, match=f"^tensor {bad}: row 100, column 7: nan does not fit {name}"):
         convert(source, tmp_path / "out.gguf", outtype)
     assert sorted(tmp_path.rglob("*")) == before

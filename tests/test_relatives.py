@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ernie_gguf.checkpoint.paddle_fp8 import E4M3
-from ernie_gguf.convert import prepare, read_checkpoint, run
+from ernie_gguf.convert import prepare, read_checkpoint, write_gguf
 from ernie_gguf.errors import CheckpointError, ConfigError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
@@ -24,7 +24,7 @@ SPEC = Spec(layers=3, experts=4, heads=6, first_moe=1)
 
 def convert(source: Path, outfile: Path, outtype: str = "auto", text_only: bool = False) -> GgufFile:
     job = prepare(source, Outtype(outtype), text_only)
-    run(job, outfile, threads=2, overwrite=False, progress=lambda _: None)
+    write_gguf(job, outfile, threads=2, overwrite=False, progress=lambda _: None)
     file = read_gguf(outfile)
     assert all(
         verdict.ok

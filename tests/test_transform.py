@@ -72,7 +72,7 @@ def test_q8_0_zero_block() -> None:
 def test_q8_0_refuses(value: float) -> None:
     rows = np.zeros((2, 64), np.float32)
     rows[1, 40] = value
-    message = rf"^row 1, column 40: {value:g} has no place in q8_0; it holds finite values up to 8.3e6$".replace(
+    message = rf"^row 1, column 40: {value:g} does not fit q8_0, which holds finite values up to 8.3e6$".replace(
         "+", r"\+"
     )
     with pytest.raises(EncodeError, match=message):
@@ -94,7 +94,7 @@ def test_q4_0_block() -> None:
 
 
 def test_q4_0_refuses() -> None:
-    message = r"^row 0, column 3: -1e\+06 has no place in q4_0; it holds finite values up to 5.2e5$"
+    message = r"^row 0, column 3: -1e\+06 does not fit q4_0, which holds finite values up to 5.2e5$"
     with pytest.raises(EncodeError, match=message):
         transform_rows(np.array([[0, 0, 0, -1e6, *[0] * 28]], np.float32), "F32", GgmlType.Q4_0)
 

@@ -120,7 +120,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
-    from .convert import output_path, prepare, run, split_plan
+    from .convert import output_path, prepare, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
     from .gguf_file.types import GgmlType
 
@@ -138,7 +138,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
         return
     _mention_leftovers(path.parent)
     with _progress(job.plan.nbytes) as progress:
-        result = run(job, path, threads, overwrite, progress, split_max_bytes=split_bytes)
+        result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes)
     report.show(report.result_json(job.plan, result) if as_json else report.result_text(job.plan, result))
 
 
@@ -186,21 +186,21 @@ app.command()(chat)
 
 
 def _mention_leftovers(folder: Path) -> None:
-    """Name what runs that were killed have left behind; their names and first bytes say that they are no models."""
+    """Name the files that killed runs left behind; their names and magic show that they are not models."""
     from .files import leftovers
 
     for path in leftovers(folder):
-        sys.stderr.write(f"note: {path} is left from a run that was killed; remove it\n")
+        sys.stderr.write(f"note: {path} is left from a killed run; remove it\n")
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the clean-up that follows takes no more than a piece
+        signal.signal(each, signal.SIG_IGN)  # cleaning up takes no longer than one piece
     raise _Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    # Names come from files that may be hostile: no line breaks or escape sequences on the terminal.
+    # Names may come from hostile files: keep line breaks and escape sequences off the terminal.
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
     if len(line) > _LONGEST:
         line = f"{line[:_LONGEST]}… ({len(line)} characters)"

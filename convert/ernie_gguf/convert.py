@@ -37,7 +37,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class ConvertResult:
     """A finished conversion."""
 
     paths: tuple[Path, ...]
@@ -47,7 +47,7 @@ class Result:
 
 
 def model_name(source: Path) -> str:
-    """The repository's name where the path tells it: the folder's, or in a download cache the one above `snapshots`."""
+    """The repository's name: the folder's, or in a download cache that of the folder above `snapshots`."""
     path = source.resolve()
     if path.parent.name == "snapshots":
         return path.parents[1].name.rsplit("--", 1)[-1]
@@ -94,8 +94,8 @@ def output_path(job: Job, outfile: Path) -> Path:
     return outfile
 
 
-def header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
-    """Metadata and tensor table of one file; all but the first carry only what ties them to it."""
+def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
+    """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
         write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan)
@@ -114,23 +114,23 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
-def run(
+def write_gguf(
     job: Job, outfile: Path, threads: int, overwrite: bool, progress: Progress, *, split_max_bytes: int | None = None
-) -> Result:
-    """Write a prepared conversion to `outfile`, or to several files; on any failure the file system is as before."""
+) -> ConvertResult:
+    """Write a prepared conversion to `outfile`, or to several files; on failure nothing is left behind."""
     begin = time.monotonic()
     files = split_plan(job.plan, split_max_bytes)
     paths = split_paths(outfile, len(files))
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
-        # Left in reverse order: the first file, the one that is loaded by name, appears last.
+        # Renamed in reverse, so that the file users load appears last.
         temporaries = [stack.enter_context(replacing(path, overwrite)) for path in paths]
         if (needed := sum(data_nbytes(part) for part in files)) > (free := free_bytes(outfile.parent)):
             raise OutputError(f"{outfile}: needs {needed} bytes, the disk has {free} free; nothing was written")
         for number, (temporary, part) in enumerate(zip(temporaries, files, strict=True)):
-            with unfinished(temporary, header(job, files, number)) as (fd, data_offset):
+            with unfinished(temporary, file_header(job, files, number)) as (fd, data_offset):
                 inexact |= write_tensors(part, fd, data_offset, threads, progress)
         if repacks_two_bits(job.plan):
             set_inexact_rows(temporaries[0], sum(each.missed_rows for each in inexact.values()))
         nbytes = sum(temporary.stat().st_size for temporary in temporaries)
-    return Result(tuple(paths), nbytes, time.monotonic() - begin, inexact)
+    return ConvertResult(tuple(paths), nbytes, time.monotonic() - begin, inexact)

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one line each, saying what was found, what was expected and what to do."""
+"""The errors a user can meet: one line each: what was found, what was expected, what to do."""
 
 
 class ErnieGgufError(Exception):
@@ -24,7 +24,7 @@ class TokenizerError(ErnieGgufError):
 class EncodeError(ErnieGgufError):
     """A value has no place in the output type: NaN, infinity, or out of range.
 
-    `row` and `column` count from the first of the rows given; who knows the tensor's name puts it in front.
+    `row` and `column` count from the first row given; a caller that knows the tensor adds its name.
     """
 
     def __init__(self, row: int, column: int, problem: str, tensor: str = "") -> None:
@@ -43,4 +43,4 @@ class GgufError(ErnieGgufError):
 
 
 class Ccq2Error(GgufError):
-    """Bytes that are no ccq2 row, or a row length that ccq2 cannot hold."""
+    """Bytes that do not form a ccq2 row, or a row length that ccq2 cannot hold."""

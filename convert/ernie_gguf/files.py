@@ -13,13 +13,13 @@ _TEMPORARY = re.compile(r"\.ernie-gguf-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of processes that are no more."""
+    """Temporary files of processes that have ended."""
     found = [(path, _TEMPORARY.fullmatch(path.name)) for path in sorted(folder.glob(".ernie-gguf-*.tmp"))]
     return [path for path, match in found if match and not Path(f"/proc/{match[1]}").exists()]
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises OutputError if a file may not take the name `path`."""
+    """Raise OutputError if no file may be written to `path`."""
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: exists and is not a regular file")
     if path.exists() and not overwrite:
@@ -30,7 +30,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `path`: the file written there takes its name if the block succeeds, else it goes away.
+    """A temporary path beside `path`: renamed to `path` if the block succeeds, removed otherwise.
 
     Any OSError of the block becomes an OutputError.
     """

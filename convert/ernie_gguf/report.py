@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from .convert import Result
+from .convert import ConvertResult
 from .gguf_file.reader import GgufFile
 from .plan import Plan
 from .transform import ALL_EXACT, Inexact
@@ -123,7 +123,7 @@ def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
 
 
 def _inexact_json(inexact: dict[str, Inexact]) -> dict[str, Any]:
-    """What exact repacks lost: totals, and the tensors that lost something."""
+    """What exact repacks lost: totals, and each tensor that lost something."""
     total = sum(inexact.values(), ALL_EXACT)
     return {**asdict(total), "inexact": {name: asdict(lost) for name, lost in inexact.items() if lost.any}}
 
@@ -140,15 +140,15 @@ def _inexact_text(inexact: dict[str, Inexact]) -> list[Text]:
         )
     if total.rounded_scales:
         lines.append(
-            f"{total.rounded_scales:,} scales are no f16 numbers and were rounded, by {total.scale_error:.2g} of "
-            "themselves at most (--json names the tensors)"
+            f"{total.rounded_scales:,} scales were rounded to f16, by at most {total.scale_error:.2g} of "
+            "their value (--json names the tensors)"
         )
     if not total.any:
         lines[0] += ", all of them exactly"
     return [Text(line) for line in lines]
 
 
-def result_json(plan: Plan, result: Result) -> dict[str, Any]:
+def result_json(plan: Plan, result: ConvertResult) -> dict[str, Any]:
     """The summary of a conversion for --json."""
     return {
         "file": str(result.paths[0]),
@@ -164,7 +164,7 @@ def result_json(plan: Plan, result: Result) -> dict[str, Any]:
     }
 
 
-def result_text(plan: Plan, result: Result) -> list[Any]:
+def result_text(plan: Plan, result: ConvertResult) -> list[Any]:
     """The summary of a conversion for people."""
     types = _plan_types(plan)
     rate = human(result.nbytes / result.seconds)
@@ -231,7 +231,7 @@ def file_table(file: GgufFile) -> list[Any]:
 
 
 def show(output: dict[str, Any] | list[Any]) -> None:
-    """Print JSON, or tables and lines. Piped tables are as wide as they need, never cut."""
+    """Print JSON, or tables and lines. Piped tables are as wide as they need to be."""
     if isinstance(output, dict):
         print(json.dumps(output, indent=1, ensure_ascii=False))
         return

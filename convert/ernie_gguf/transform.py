@@ -1,9 +1,9 @@
 """Transforms: rows of checkpoint values -> rows of GGUF bytes. Pure functions, arrays in, arrays out.
 
-What is quantized already is repacked exactly where the GGUF type can hold it: integers with a scale per channel in q8_0
-and q4_0 by giving every block the channel's scale, Baidu's 2-bit rows in ccq2. Else it is dequantized first.
+Quantized sources are repacked exactly where the GGUF type can hold them: integers with a scale per channel in q8_0 and
+q4_0, by giving every block the channel's scale; Baidu's 2-bit rows in ccq2. Other pairs are dequantized first.
 
-For the standard types the bytes are those that llama.cpp's own converter writes: gguf-py does the rounding.
+The standard types get the bytes that llama.cpp's own converter writes: gguf-py does the rounding.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Inexact:
     Counts add up over pieces; `scale_error` is the largest relative error of a scale that f16 had to round.
 
     `rows` counts rows that were repacked, not re-quantized. `missed_rows` of them have no M, Z that gives all 256 codes
-    (`missed_codes` in total differ); `rounded_scales` have a scale that is no f16 number.
+    (`missed_codes` in total differ); `rounded_scales` have a scale that f16 cannot hold.
     """
 
     rows: int = 0
@@ -92,7 +92,7 @@ def to_q8_0(rows: F32) -> U8:
     blocks = np.abs(rows).reshape(rows.shape[0], -1, 32).max(-1)
     limit = np.float32(127 * 65504)
     if not (blocks <= limit).all():
-        raise _fail(rows, ~(np.abs(rows) <= limit), "has no place in q8_0; it holds finite values up to 8.3e6")
+        raise _fail(rows, ~(np.abs(rows) <= limit), "does not fit q8_0, which holds finite values up to 8.3e6")
     out: U8 = quantize(rows, GGMLQuantizationType.Q8_0)
     return out
 
@@ -101,7 +101,7 @@ def to_q4_0(rows: F32) -> U8:
     """[rows, K] -> [rows, K/32*18]; every block's scale must be a finite f16."""
     limit = np.float32(8 * 65504)
     if not (np.abs(rows) <= limit).all():
-        raise _fail(rows, ~(np.abs(rows) <= limit), "has no place in q4_0; it holds finite values up to 5.2e5")
+        raise _fail(rows, ~(np.abs(rows) <= limit), "does not fit q4_0, which holds finite values up to 5.2e5")
     out: U8 = quantize(rows, GGMLQuantizationType.Q4_0)
     return out
 
@@ -117,7 +117,7 @@ ENCODERS: dict[GgmlType, Callable[[F32], U8]] = {
 
 
 def transform_rows(rows: AnyArray, dtype: str, ggml_type: GgmlType) -> U8:
-    """The bytes of `rows` in GGUF type `ggml_type`; raises EncodeError for values without a place in it."""
+    """The bytes of `rows` in GGUF type `ggml_type`; raises EncodeError for values that it cannot hold."""
     if (dtype, ggml_type) in VERBATIM:
         return rows.view(np.uint8)
     return ENCODERS[ggml_type](to_float32(rows, dtype))
@@ -129,7 +129,7 @@ def _block_scales(scale: F32) -> tuple[F16, Inexact]:
         half = scale.astype(np.float16)
     if not np.isfinite(half).all():
         row = int(np.argmin(np.isfinite(half)))
-        raise EncodeError(row, 0, f"the channel's scale {scale[row]:g} is no finite f16, up to 65504")
+        raise EncodeError(row, 0, f"the channel's scale {scale[row]:g} is beyond f16's 65504")
     error = np.abs(half.astype(np.float64) - scale)
     rounded = error > 0
     worst = float((error[rounded] / np.abs(scale[rounded].astype(np.float64))).max()) if rounded.any() else 0.0

@@ -74,7 +74,7 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
 
 
 def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> int:
-    """Copy inside the kernel as far as it goes; returns the bytes copied.
+    """Copy inside the kernel as far as possible; returns the bytes copied.
 
     Whatever stops it, the caller then takes the ordinary way, which names the error if there is one.
     """
@@ -114,7 +114,7 @@ def write_tensors(
     *,
     skip: Callable[[TensorPlan], bool] = lambda _: False,
 ) -> dict[str, Inexact]:
-    """Write the tensors of a plan, but those to `skip`, to an open file whose data section begins at `data_offset`.
+    """Write a plan's tensors, except those to `skip`, to an open file; its data section begins at `data_offset`.
 
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """

@@ -157,7 +157,7 @@ def test_non_finite_values_are_named(value: float) -> None:
     w = gaussian(3, 256)
     w[2, 17] = value
     with pytest.raises(
-        EncodeError, match=rf"^row 2, column 17: {value:g} has no place in ccq2 \(finite values only\)$"
+        EncodeError, match=rf"^row 2, column 17: {value:g} does not fit ccq2, which holds finite values only$"
     ):
         encode_rows(w)
 

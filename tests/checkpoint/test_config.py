@@ -83,7 +83,7 @@ def test_rope(rope: dict[str, Any]) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads (4), found 3"),
         ({"num_key_value_heads": 8}, "num_key_value_heads: expected an integer from 1 to 4, found 8"),
         ({"head_dim": 63}, "head_dim: expected an even number: RoPE turns pairs, found 63"),
-        ({"head_dim": None, "hidden_size": 255}, "head_dim: expected an integer: hidden_size 255 is no multiple"),
+        ({"head_dim": None, "hidden_size": 255}, "head_dim: expected an integer: hidden_size 255 is not a multiple"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: expected a finite number above 0, found 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number above 0, found nan"),
         ({"rope_theta": None}, "rope_theta: expected a finite number above 0, found None"),

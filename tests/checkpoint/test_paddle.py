@@ -12,7 +12,7 @@ from ernie_gguf.ccq2.rows import dequantize_rows
 from ernie_gguf.checkpoint import storage
 from ernie_gguf.checkpoint.config import parse_config
 from ernie_gguf.checkpoint.shards import TensorHeader
-from ernie_gguf.convert import Result, prepare, run
+from ernie_gguf.convert import ConvertResult, prepare, write_gguf
 from ernie_gguf.errors import EncodeError, PlanError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor, read_gguf
@@ -35,8 +35,8 @@ SPEC = Spec(layers=2, experts=3, heads=6, tied=False)  # attention wider than th
 F32 = npt.NDArray[np.float32]
 
 
-def convert(source: Path, outfile: Path, outtype: str = "auto", threads: int = 2) -> tuple[GgufFile, Result]:
-    result = run(prepare(source, Outtype(outtype)), outfile, threads, overwrite=False, progress=lambda _: None)
+def convert(source: Path, outfile: Path, outtype: str = "auto", threads: int = 2) -> tuple[GgufFile, ConvertResult]:
+    result = write_gguf(prepare(source, Outtype(outtype)), outfile, threads, overwrite=False, progress=lambda _: None)
     return read_gguf(outfile), result
 
 
@@ -213,7 +213,7 @@ def test_a_scale_beyond_f16_is_reported_or_refused(tmp_path: Path) -> None:
     assert inexact.scale_error == 0.125 / 16.125
     scale[7] = 70000
     write_checkpoint(tmp_path / "large", values, made.tensors | {name: store(scale, "BF16")})
-    with pytest.raises(EncodeError, match=r"o_proj.quant_weight: row 7, .* scale 70144 is no finite f16, up to 65504$"):
+    with pytest.raises(EncodeError, match=r"o_proj.quant_weight: row 7, .* scale 70144 is beyond f16.s 65504$"):
         convert(tmp_path / "large", tmp_path / "none.gguf")
 
 

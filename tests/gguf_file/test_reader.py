@@ -160,7 +160,7 @@ def name(text: str) -> bytes:
         (replace_once(name("b"), name("a")), "tensor a is given twice"),
         (
             replace_once(struct.pack("<IQ", 180, 64), struct.pack("<IQ", 180, 63)),
-            "tensor b begins at 63, no multiple of 32",
+            "tensor b begins at 63, which is not a multiple of 32",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ernie_gguf import cli
 from ernie_gguf import write as execute
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.errors import GgufError, OutputError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
@@ -62,7 +62,7 @@ def test_names() -> None:
 
 def convert(outfile: Path, limit: int | None, source: Path = EXAMPLE, outtype: Outtype = Outtype.BF16) -> GgufFile:
     job = prepare(source, outtype)
-    result = run(job, outfile, threads=2, overwrite=False, progress=lambda _: None, split_max_bytes=limit)
+    result = write_gguf(job, outfile, threads=2, overwrite=False, progress=lambda _: None, split_max_bytes=limit)
     assert result.nbytes == sum(path.stat().st_size for path in result.paths)
     return read_gguf(result.paths[0])
 
@@ -172,5 +172,5 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_model(tmp_path: Path) -> 
     assert found[0].read_bytes()[:4] == bytes(4)
     command[2] = "from ernie_gguf.cli import main; main()"
     done = subprocess.run([*command, "--outfile", tmp_path / "out.gguf"], capture_output=True, text=True, check=True)
-    assert done.stderr == f"note: {found[0]} is left from a run that was killed; remove it\n"
+    assert done.stderr == f"note: {found[0]} is left from a killed run; remove it\n"
     assert read_gguf(tmp_path / "out.gguf").tensors

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_llama import Llama
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(source: Path, outfile: Path, outtype: str) -> Path:
-    run(prepare(source, Outtype(outtype)), outfile, threads=1, overwrite=False, progress=lambda _: None)
+    write_gguf(prepare(source, Outtype(outtype)), outfile, threads=1, overwrite=False, progress=lambda _: None)
     return outfile
 
 
@@ -89,7 +89,9 @@ def test_the_exact_repack_runs(source: Path, tmp_path: Path) -> None:
 def test_several_files_are_one_model(source: Path, tmp_path: Path) -> None:
     whole = convert(source, tmp_path / "whole.gguf", "auto")
     job = prepare(source, Outtype.AUTO)
-    parts = run(job, tmp_path / "m.gguf", 1, overwrite=False, progress=lambda _: None, split_max_bytes=2_000_000).paths
+    parts = write_gguf(
+        job, tmp_path / "m.gguf", 1, overwrite=False, progress=lambda _: None, split_max_bytes=2_000_000
+    ).paths
     assert len(parts) > 3
     tokens = [Golden.load(NAME).prompts[0].tokens.tolist()]
     assert np.array_equal(logits_of(parts[0], tokens, exact=True)[0], logits_of(whole, tokens, exact=True)[0])

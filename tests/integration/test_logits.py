@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_llama import Llama, _library
 from reference import specimens
@@ -95,7 +95,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[s
     def converted(name: str, outtype: Outtype) -> Path:
         path = folder / f"{name}-{outtype.value}.gguf"
         if not path.exists():
-            run(prepare(checkpoint_of(name), outtype), path, threads=1, overwrite=False, progress=lambda _: None)
+            write_gguf(prepare(checkpoint_of(name), outtype), path, threads=1, overwrite=False, progress=lambda _: None)
         return path
 
     return converted

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from reference import specimens, upstream
 from reference.golden import checkpoint_sha256
@@ -35,7 +35,7 @@ EVERYWHERE = {
 
 
 def convert(checkpoint: Path, outtype: str, path: Path) -> Contents:
-    run(prepare(checkpoint, Outtype(outtype)), path, threads=1, overwrite=False, progress=lambda _: None)
+    write_gguf(prepare(checkpoint, Outtype(outtype)), path, threads=1, overwrite=False, progress=lambda _: None)
     return Contents.of(path)
 
 

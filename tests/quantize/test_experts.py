@@ -252,5 +252,5 @@ def test_weights_that_are_not_finite_are_named(
     assert (caught.value.row, caught.value.column) == (200, 17)
     assert str(caught.value) == (
         f"tensor blk.3.ffn_{projection}_exps.weight, expert 2: "
-        f"row 200, column 17: {value:g} has no place in ccq2 (finite values only)"
+        f"row 200, column 17: {value:g} does not fit ccq2, which holds finite values only"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from ernie_gguf.ccq2 import rows as ccq2
-from ernie_gguf.convert import prepare, run
+from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_gguf.verify import decode
@@ -79,7 +79,7 @@ def test_the_file_holds_what_convert_writes_but_for_better_experts(
 ) -> None:
     out, plain = tmp_path / "out.gguf", tmp_path / "plain.gguf"
     assert quantize(small, out).code == 0
-    run(prepare(small, Outtype.CCQ2), plain, threads=1, overwrite=False, progress=lambda _: None)
+    write_gguf(prepare(small, Outtype.CCQ2), plain, threads=1, overwrite=False, progress=lambda _: None)
     mine, converted = tensors_of(out), tensors_of(plain)
     metadata = read_gguf(out).metadata
     assert metadata.pop("ernie_gguf.calibration.tokens") >= 256
@@ -233,7 +233,7 @@ def test_texts_that_it_refuses(
 
 NAN, INF = float("nan"), float("inf")
 EXPERT = "model.layers.1.mlp.experts.2"
-NO_PLACE = "has no place in ccq2 (finite values only)"
+NO_PLACE = "does not fit ccq2, which holds finite values only"
 NOT_FINITE = (
     "not finite for the calibration text; the checkpoint's weights up to there are damaged, or overflow float32"
 )
@@ -265,8 +265,8 @@ NOT_FINITE = (
             "model.layers.1.self_attn.o_proj.weight",
             257,
             NAN,
-            "tensor model.layers.1.self_attn.o_proj.weight: row 1, column 1: nan has no place in q8_0; "
-            "it holds finite values up to 8.3e6",
+            "tensor model.layers.1.self_attn.o_proj.weight: row 1, column 1: nan does not fit q8_0, "
+            "which holds finite values up to 8.3e6",
         ),
         ("model.layers.0.input_layernorm.weight", 0, NAN, f"layer 0: what attention gives is {NOT_FINITE}"),
         (

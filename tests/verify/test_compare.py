@@ -14,7 +14,7 @@ from ernie_gguf.ccq2.fit import fit_codes
 from ernie_gguf.checkpoint.quantized import STORAGES
 from ernie_gguf.checkpoint.shards import ShardReader, TensorHeader
 from ernie_gguf.checkpoint.storage import COLUMNS, FIRST_ROW, ROWS, Source
-from ernie_gguf.convert import prepare, read_checkpoint, run
+from ernie_gguf.convert import prepare, read_checkpoint, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
 from ernie_gguf.mapping import map_tensors
@@ -28,7 +28,7 @@ SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int
 
 
 def convert(source: Path, outfile: Path, outtype: str = "auto") -> Path:
-    run(prepare(source, Outtype(outtype)), outfile, threads=1, overwrite=False, progress=lambda _: None)
+    write_gguf(prepare(source, Outtype(outtype)), outfile, threads=1, overwrite=False, progress=lambda _: None)
     return outfile
 
 

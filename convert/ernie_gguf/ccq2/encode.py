@@ -180,7 +180,7 @@ def encode_rows(w: F32) -> U8:
     finite = np.isfinite(w)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
-        raise EncodeError(row, column, f"{w[row, column]:g} has no place in ccq2 (finite values only)")
+        raise EncodeError(row, column, f"{w[row, column]:g} does not fit ccq2, which holds finite values only")
     step = max(1, _ROW_BYTES // (4 * k))
     for i in range(0, n, step):
         out[i : i + step] = _encode_block(w[i : i + step])

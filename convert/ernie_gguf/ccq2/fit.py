@@ -60,7 +60,7 @@ def _round_to_odd(a: F64, b: F64, total: F64) -> F64:
 
 
 def fit_codes(cs: F32, cz: F32) -> Fit:
-    """M, Z of each row. Raises EncodeError for a map that is not finite or whose codes pass 2^24."""
+    """M, Z of each row. Raises EncodeError for a map that is not finite or has codes beyond 2^24."""
     with np.errstate(over="ignore", invalid="ignore"):
         reach = 255.0 * np.abs(cs.astype(np.float64)) + np.abs(cz.astype(np.float64))
     if not (reach < LIMIT).all():

@@ -17,7 +17,7 @@ ARCHITECTURES = {
 # Their language model is that of the MoE architecture; vision adds experts and a router of its own.
 VL_ARCHITECTURES = ("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VL_MoeForConditionalGeneration")
 
-# Far above every member of the family (300B: 54 layers, hidden 8192), low enough that no product of them is a burden.
+# Far above every member of the family (300B: 54 layers, hidden 8192); low enough that products stay harmless.
 MAX_LAYERS = 512
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 MAX_SIZE = 1 << 20
@@ -171,7 +171,7 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
     if heads % kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     if config.get("head_dim") is None and hidden % heads:
-        raise config.error("head_dim", f"an integer: hidden_size {hidden} is no multiple of {heads} heads")
+        raise config.error("head_dim", f"an integer: hidden_size {hidden} is not a multiple of {heads} heads")
     vocab = config.integer("vocab_size", 1, MAX_VOCAB)
     head_dim = config.integer("head_dim", 1, MAX_SIZE, default=hidden // heads)
     if head_dim % 2:

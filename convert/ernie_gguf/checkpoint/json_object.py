@@ -13,7 +13,7 @@ _SHOWN = 120
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it: its repr, cut if it is long."""
+    """A value as error messages quote it: its repr, shortened if long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
@@ -33,7 +33,7 @@ def parse_object(text: bytes, where: str, error: type[ErnieGgufError]) -> dict[s
         value = json.loads(text, object_pairs_hook=reject_duplicates)
     except (ValueError, RecursionError) as exc:
         raise error(f"{where}: not valid JSON: {exc}") from exc
-    if b"\\ud" in text.lower():  # JSON can spell half of a surrogate pair, which is no character and fits no file
+    if b"\\ud" in text.lower():  # JSON can spell half of a surrogate pair, which UTF-8 cannot
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as exc:
@@ -75,7 +75,7 @@ class JsonObject:
         return ConfigError(f"{self.where}: {key}: expected {expected}, found {found}")
 
     def get(self, key: str) -> Any:  # noqa: ANN401 - JSON
-        """A value of any type but a list, which only VL checkpoints have where others have one value."""
+        """A value of any type but a list: VL checkpoints have lists where others have one value."""
         value = self.values.get(key)
         if isinstance(value, list):
             hint = (

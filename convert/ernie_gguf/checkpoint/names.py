@@ -58,7 +58,7 @@ def _reason_to_drop(name: str, config: ErnieConfig) -> str | None:
 
 
 def _quantized_storage(module: str, name: str, config: ErnieConfig) -> Storage:
-    """How a module with a `quant_weight` is stored, by config.json."""
+    """How config.json says that a module with a `quant_weight` is stored."""
     layer = _LAYER.match(module + ".")
     if config.quant is None:
         raise PlanError(f"tensor {name}: quantized, but config.json has no quantization_config that says how")

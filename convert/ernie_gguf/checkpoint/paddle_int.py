@@ -45,7 +45,7 @@ def unpack_int4(packed: U8) -> I8:
 
 
 class _ChannelInt(Storage):
-    """What the two have in common."""
+    """Integers with one scale per channel, several channels interleaved."""
 
     main = "quant_weight"
     k_multiple = _TILE

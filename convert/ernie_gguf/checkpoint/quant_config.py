@@ -15,7 +15,7 @@ EXPERT_TYPES = ("bf16", *STORAGES)
 DENSE_TYPES = tuple(name for name in EXPERT_TYPES if name != "wint2")
 _SPELLINGS = {"weight_only_int8": "wint8", "weight_only_int4": "wint4", "w4w2": "wint2"}
 
-# Why others cannot be read: what is not public, or cannot be had without the engine.
+# Why the others cannot be read: something about them is not public.
 UNREADABLE = {
     "tensor_wise_fp8": "its activations pass a Hadamard transform in the engine, so the stored weights are rotated, "
     "and the size of the transform's blocks is not in the checkpoint; use the -Paddle or -PT repository",
@@ -58,7 +58,7 @@ def _type(config: JsonObject, key: str) -> str | None:
 
 
 def _agree(config: JsonObject, *found: tuple[str, str | None]) -> str | None:
-    """One value given under several keys."""
+    """The one value that several keys give."""
     given = [(key, value) for key, value in found if value is not None]
     if len({value for _, value in given}) > 1:
         raise ConfigError(f"{config.where}: " + " but ".join(f"{key} is {shown(value)}" for key, value in given))
@@ -81,7 +81,7 @@ def _dense_type(config: JsonObject) -> str | None:
 
 
 def _mixed_experts(config: JsonObject, moe: JsonObject | None, layers: int) -> int:
-    """Last layer with int4 experts; checks what is said about both kinds."""
+    """The last layer with int4 experts; checks the entries of int4 and of two bits."""
     w4 = moe and moe.child("moe_w4_quant_config")
     w2 = moe and moe.child("moe_w2_quant_config")
     if w4 is None or w2 is None:
@@ -105,7 +105,7 @@ def _mixed_experts(config: JsonObject, moe: JsonObject | None, layers: int) -> i
 
 
 def parse_quant_config(values: object, layers: int, where: str = "config.json") -> QuantConfig | None:
-    """None where nothing is quantized. Raises ConfigError for what cannot be read, saying what is not known."""
+    """The quantization, or None where nothing is quantized. Raises ConfigError that says why it cannot be read."""
     if values is None:
         return None
     where = f"{where}: quantization_config"

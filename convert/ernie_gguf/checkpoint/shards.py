@@ -144,7 +144,7 @@ def _unindexed_shards(folder: Path) -> list[Path]:
     counts = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.safetensors$", path.name))}
     if counts != {len(shards)}:
         raise CheckpointError(
-            f"{folder}: {len(shards)} shards found, their names promise {sorted(counts)}, and there is no {INDEX_NAME}"
+            f"{folder}: {len(shards)} shards found, their names promise {sorted(counts)}, and {INDEX_NAME} is missing"
         )
     return shards
 
@@ -250,7 +250,7 @@ class ShardReader:
         return out
 
     def _fill(self, tensor: TensorHeader, view: memoryview, start: int) -> None:
-        """Read bytes of a tensor, from its byte `start` on, until `view` is full."""
+        """Read bytes of a tensor from byte `start` on until `view` is full."""
         offset = tensor.offset + start
         while view:
             try:

@@ -24,7 +24,7 @@ COLUMN_BYTES = 16 << 20  # of columns of a transposed matrix: fewer would mean r
 
 @dataclass(frozen=True)
 class Field:
-    """What one tensor of a source must look like; any of `shapes` will do."""
+    """What one tensor of a source must look like; it may have any of `shapes`."""
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
@@ -69,12 +69,12 @@ class Storage(ABC):
         """Rows `row` … `row + rows`."""
 
     def of_block(self, block: tuple[int, int]) -> "Storage":
-        """This storage where config.json says that `block` rows and columns share a scale."""
+        """This storage with the block of rows and columns that share a scale, as config.json gives it."""
         return self
 
     @abstractmethod
     def rows_at_once(self, source: "Source", copied: bool) -> int:
-        """Rows of a piece whose memory is bounded; `copied` if the bytes are not touched."""
+        """Rows to read at once so that memory stays bounded; `copied` if the bytes pass unchanged."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Source:
 
 
 def problem_of(source: Source, shape: Shape) -> str | None:
-    """What is wrong with a source that should be [N, K] or [K], if anything: one sentence."""
+    """Why a source cannot be [N, K] or [K], in one sentence; None if it can."""
     n, k = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
     storage = source.storage
     if storage.main not in source.tensors:
         return f"tensor {source.name}: its {storage.main} is missing"
     if n % storage.row_multiple or k % storage.k_multiple:
         return (
-            f"tensor {source.name}: {n} rows of {k} weights cannot be {storage.name}, which needs multiples of "
+            f"tensor {source.name}: {n} rows of {k} weights do not fit {storage.name}, which needs multiples of "
             f"{storage.row_multiple} and {storage.k_multiple}"
         )
     fields = storage.fields(n, k) if len(shape) == 2 else storage.vector_fields(k)
@@ -190,7 +190,7 @@ class _FirstRow(_Rows):
 
 
 def columns_at_once(header: TensorHeader, nbytes: int) -> int:
-    """Columns of a matrix that make about so many bytes, a multiple of 64."""
+    """Columns of a matrix that make about `nbytes`, a multiple of 64."""
     per_column = max(1, header.nbytes // max(1, header.shape[-1]))
     return max(64, nbytes // per_column // 64 * 64)
 

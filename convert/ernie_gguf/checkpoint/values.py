@@ -1,4 +1,4 @@
-"""What a storage's reader hands on: the rows of a matrix as the checkpoint means them, in one of three forms.
+"""Rows of a matrix as the checkpoint means them, in one of three forms; a storage's `read` returns them.
 
 Rows are output channels ([N, K], as in GGUF) whatever the checkpoint's orientation; nothing is rounded yet.
 """

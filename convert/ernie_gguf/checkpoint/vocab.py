@@ -20,7 +20,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclass
 class Vocab:
-    """Tokens by id, and what goes with them. `chat_template` may be a list of {name, template}."""
+    """Tokens by id with their scores, types and settings. `chat_template` may be a list of {name, template}."""
 
     tokens: list[str]
     scores: list[float]
@@ -72,7 +72,7 @@ def _base_vocab(folder: Path, size: int) -> Vocab:
 
 
 def _add_tokens(vocab: Vocab, folder: Path, tokenizer_config: dict[str, Any]) -> None:
-    """Added tokens of the three files that may list them; of several the last one here wins."""
+    """Added tokens from the three files that may list them; a later file wins."""
     if (path := folder / "added_tokens.json").is_file():
         for token, token_id in read_object(path, TokenizerError).items():
             _set_added(vocab, token_id, token, special=False, where=path.name)
@@ -95,7 +95,7 @@ def _list_of_objects(value: object, where: str) -> list[dict[str, Any]]:
 
 
 def _reject_repeats(vocab: Vocab) -> None:
-    """llama.cpp aborts on a vocabulary that holds a text twice."""
+    """Refuse a vocabulary that holds a text twice: llama.cpp aborts on it."""
     first: dict[str, int] = {}
     for i, token in enumerate(vocab.tokens):
         if first.setdefault(token, i) != i:

@@ -111,7 +111,7 @@ class _Cursor:
         return [self.string() for _ in range(self._plausible(count, 8))]
 
     def _plausible(self, count: int, least_bytes: int) -> int:
-        """`count` entries of at least so many bytes each, or a truncation error before any is read."""
+        """`count`, if the file has room for so many entries of `least_bytes`; raises before any is read if not."""
         if count > (len(self.data) - self.at) // least_bytes:
             raise GgufError(f"{self.name}: truncated: {count} entries announced at {self.at} of {len(self.data)} bytes")
         return count

@@ -101,7 +101,10 @@ class ExpertEncoder:
             return w
         row, column = (int(i) for i in (~finite).nonzero()[0])
         raise EncodeError(
-            row, column, f"{w[row, column]:g} has no place in ccq2 (finite values only)", f"{name}, expert {expert}"
+            row,
+            column,
+            f"{w[row, column]:g} does not fit ccq2, which holds finite values only",
+            f"{name}, expert {expert}",
         )
 
     def _seen(self, expert: int) -> _Seen:

@@ -19,7 +19,7 @@ import torch
 from ..ccq2.code_maps import CODE_MAPS
 from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
-from ..convert import Job, header, model_name
+from ..convert import Job, file_header, model_name
 from ..errors import ErnieGgufError, OutputError
 from ..files import check_output, pwrite
 from ..write import data_nbytes, offsets, write_tensors
@@ -264,7 +264,7 @@ def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener
     job, work, begun, earlier = run.job, run.work, time.monotonic(), run.work.seconds
     shape = (*chunks.shape, job.config.hidden)
     if work.done == 0:
-        writer = header(job, [job.plan], 0)
+        writer = file_header(job, [job.plan], 0)
         writer.add_uint32(TOKENS_KEY, chunks.numel())
         writer.add_uint32(MAPS_KEY, run.settings.maps)
         work.begin_model(writer, data_nbytes(job.plan))

@@ -27,7 +27,7 @@ DEFAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 class ServeError(ErnieGgufError):
-    """The file cannot be served, or there is no server to do it."""
+    """The file cannot be served, or llama-server is not there."""
 
 
 def serve(
@@ -47,7 +47,7 @@ def server_command(file: Path, args: Sequence[str]) -> list[str]:
     """The command that serves `file`: the defaults that `args` does not decide, then `args`.
 
     Raises:
-        ServeError: `file` is no GGUF file, or llama-server is not built.
+        ServeError: `file` is not a GGUF file, or llama-server is not built.
     """
     from ernie_llama import check_gguf
 

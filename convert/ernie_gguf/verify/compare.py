@@ -1,4 +1,4 @@
-"""`ernie-gguf verify`: every weight of a GGUF against the checkpoint it was made from, decoded by another path.
+"""`ernie-gguf verify`: every weight of a GGUF against the checkpoint it was made from, decoded by other code.
 
 The mapping says which source belongs to which tensor; `decode` decodes every value anew. A tensor is exact, or
 differs by no more than its type explains, or is a mismatch.
@@ -30,7 +30,7 @@ class Finding:
     """What comparing some rows gave; findings of a tensor add up.
 
     `explained` counts differing values that the type accounts for, `wrong` the others. `missed_rows` have no exact
-    integer code map, `rounded_rows` a scale that is no f16 number.
+    integer code map, `rounded_rows` a scale that f16 cannot hold.
     """
 
     values: int = 0
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tensor. `exact` says that the type holds the source's values, so that nothing should differ."""
+    """The result for one tensor. `exact`: its type holds the source's values, so nothing should differ."""
 
     name: str
     source: str
@@ -67,7 +67,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Nothing differs beyond what the type explains."""
+        """Whether nothing differs beyond what the type explains."""
         return not self.finding.wrong and not self.finding.problem
 
 
@@ -173,10 +173,10 @@ def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_C
 
 
 def _lossy_ccq2(expected: F32, found: F32, error: F32) -> int:
-    """Values of rows that point elsewhere than they should, or are of another size.
+    """How many values lie in rows of another direction or size than the source's.
 
     The plain encoder's rows have a cosine of 0.9 or more, the calibrated one's go down to 0.65 where few inputs say
-    all; another row has about 0, and zeros have no size.
+    all; another row's cosine is about 0.
     """
     x, y = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore"):

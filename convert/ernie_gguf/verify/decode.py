@@ -1,4 +1,4 @@
-"""Slow and literal decoders for `verify`: what a checkpoint's bytes mean, and what a GGUF's bytes mean, as float32.
+"""Slow, literal decoders for `verify`: the bytes of checkpoints and of GGUF files as float32.
 
 They share nothing with the code that packs: every formula is written out again from the formats' descriptions
 (docs/formats.md; ggml's block types), in another way where there is one.
