@@ -4,23 +4,67 @@
 >>> with Llama("ernie.gguf", n_ctx=4096) as llm:
 ...     llm("def main():", max_tokens=32, temperature=0)["choices"][0]["text"]
 
-The first `Llama` loads the shared library, not the import; `docs/python-api.md` says where it is searched.
+The first `Llama` loads the shared library, not the import; `docs/python-api.md` says where it is searched. The names
+of llama.h that these bindings declare are attributes of this package too, as in llama-cpp-python.
 """
 
+from typing import Any
+
+from . import llama_cache, llama_chat_format, llama_cpp, llama_speculative, llama_tokenizer, llama_types
 from ._engine import LlamaState
 from ._info import Info, info
 from ._library import LibraryNotFoundError, library_path
 from ._model import check_gguf
+from ._processors import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinTokensLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from .llama import Llama
+from .llama_cache import BaseLlamaCache, LlamaCache, LlamaDiskCache, LlamaRAMCache
 from .llama_grammar import LlamaGrammar
+from .llama_speculative import LlamaDraftModel
+from .llama_tokenizer import BaseLlamaTokenizer, LlamaHFTokenizer, LlamaTokenizer
+
+# The version of llama-cpp-python whose interface this is; programs compare it.
+__version__ = "0.3.36"
 
 __all__ = [
+    "BaseLlamaCache",
+    "BaseLlamaTokenizer",
     "Info",
     "LibraryNotFoundError",
     "Llama",
+    "LlamaCache",
+    "LlamaDiskCache",
+    "LlamaDraftModel",
     "LlamaGrammar",
+    "LlamaHFTokenizer",
+    "LlamaRAMCache",
     "LlamaState",
+    "LlamaTokenizer",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "MinTokensLogitsProcessor",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
     "check_gguf",
     "info",
     "library_path",
+    "llama_cache",
+    "llama_chat_format",
+    "llama_cpp",
+    "llama_speculative",
+    "llama_tokenizer",
+    "llama_types",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a type of llama_types, or something of llama.h
+    if name in vars(llama_types):
+        return getattr(llama_types, name)
+    if name.startswith(("llama_", "LLAMA_", "ggml_", "GGML_")):
+        return getattr(llama_cpp, name)
+    raise AttributeError(f"ernie_llama has no {name}")

@@ -137,7 +137,9 @@ class ChatResults:
             self._n_calls += isinstance(part, ToolCall)
             yield part
         if piece.finish_reason:
-            yield from self._parser.flush()
+            for part in self._parser.flush(cut=piece.finish_reason == "length"):
+                self._n_calls += isinstance(part, ToolCall)
+                yield part
 
     def _finish_reason(self, piece: TextPiece) -> FinishReason | None:
         return "tool_calls" if piece.finish_reason == "stop" and self._n_calls else piece.finish_reason

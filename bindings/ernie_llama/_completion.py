@@ -96,6 +96,8 @@ class Completion:
                 finished = stream.stopped
                 if finished or self.completion_tokens == self.limit:
                     break
+            else:
+                finished = True  # a stopping criterion has ended generation
         yield TextPiece(stream.flush(), [] if stream.stopped else waiting, "stop" if finished else "length")
 
     def usage(self) -> CompletionUsage:
@@ -132,12 +134,12 @@ class Completion:
         return entries
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Log probabilities along the last axis."""
+def log_softmax(logits: npt.NDArray[np.float32], axis: int = -1) -> npt.NDArray[np.float32]:
+    """Log probabilities along an axis."""
     import numpy as np  # see Context.logits
 
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted = logits - logits.max(axis=axis, keepdims=True)
+    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
     return result
 
 

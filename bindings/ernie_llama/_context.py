@@ -29,13 +29,13 @@ class Context(Handle):
         Raises:
             ValueError: llama.cpp refuses, with its reason (such as too little memory).
         """
-        params = library.llama_context_default_params()
+        self.params: _structs.llama_context_params = library.llama_context_default_params()
         for name, value in fields.items():
-            setattr(params, name, value)
+            setattr(self.params, name, value)
         LOG.forget()
-        pointer = library.llama_init_from_model(model.pointer, params)
+        pointer = library.llama_init_from_model(model.pointer, self.params)
         if not pointer:
-            raise ValueError(f"no context of {params.n_ctx} tokens can be made: {LOG.problems()}")
+            raise ValueError(f"no context of {self.params.n_ctx} tokens can be made: {LOG.problems()}")
         stop = threading.Event()  # a local: the callback must not keep the handle alive, which keeps the callback
         self._stop = stop
         self._abort = _structs.ggml_abort_callback(lambda _data: stop.is_set())
@@ -47,10 +47,10 @@ class Context(Handle):
         self.pooling_type = int(library.llama_pooling_type(pointer))
         self._n_vocab = model.n_vocab()
         self._n_embd = model.n_embd()
-        self._one = _batch([0], 0, logits_all=True)
+        self._one = _batch([0], 0, 1)
 
-    def decode(self, tokens: Sequence[int], n_past: int, logits_all: bool) -> None:
-        """Evaluate at most `n_batch` tokens from position `n_past` on, with logits for the last token or for all.
+    def decode(self, tokens: Sequence[int], n_past: int, n_outputs: int) -> None:
+        """Evaluate at most `n_batch` tokens from position `n_past` on, with logits for the last `n_outputs` tokens.
 
         Raises:
             RuntimeError: llama_decode failed.
@@ -63,7 +63,7 @@ class Context(Handle):
             self._one.token[0], self._one.pos[0] = tokens[0], n_past
             code = self._library.llama_decode(self.pointer, self._one)
         else:
-            code = self._decode_interruptible(_batch(tokens, n_past, logits_all))
+            code = self._decode_interruptible(_batch(tokens, n_past, n_outputs))
         if code != 0:
             raise RuntimeError(f"llama_decode of {n} tokens at position {n_past} returned {code}: {LOG.problems()}")
 
@@ -76,11 +76,18 @@ class Context(Handle):
             library.llama_set_abort_callback(pointer, _NO_ABORT, None)
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
-        """A copy of the logits of the last `decode`, [rows, n_vocab]; `rows` is 1, or the batch size if it kept all."""
+        """A copy of the logits of the last `decode`, [rows, n_vocab]; `rows` is the number of its outputs."""
         import numpy as np  # most users never look at logits, and numpy is most of the import time
 
         pointer = self._library.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, (rows, self._n_vocab)).copy()
+
+    def logits_row(self, row: int) -> npt.NDArray[np.float32]:
+        """A copy of the logits of one output of the last `decode`, [n_vocab]; -1 is the last output."""
+        import numpy as np  # see logits
+
+        pointer = self._library.llama_get_logits_ith(self.pointer, row)
+        return np.ctypeslib.as_array(pointer, (self._n_vocab,)).copy()
 
     def embeddings(self, rows: int) -> list[list[float]]:
         """The hidden states of the last `decode`, [rows, n_embd]; the context must be made for embeddings."""
@@ -126,11 +133,11 @@ class Context(Handle):
             raise RuntimeError(f"this model cannot forget the positions from {n_past} on; call reset()")
 
 
-def _batch(tokens: Sequence[int], n_past: int, logits_all: bool) -> _structs.llama_batch:
+def _batch(tokens: Sequence[int], n_past: int, n_outputs: int) -> _structs.llama_batch:
     n = len(tokens)
     return _structs.llama_batch(
         n_tokens=n,
         token=(_structs.llama_token * n)(*tokens),
         pos=(_structs.llama_pos * n)(*range(n_past, n_past + n)),
-        logits=(ctypes.c_int8 * n)(*([1] * n if logits_all else [0] * (n - 1) + [1])),
+        logits=(ctypes.c_int8 * n)(*[0] * (n - n_outputs), *[1] * n_outputs),
     )

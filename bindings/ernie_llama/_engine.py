@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from collections.abc import Generator, Sequence
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING
 
 from . import _structs
 from ._context import Context
-from ._lock import ContextLock
+from ._lock import ContextLock, Lease
 from ._model import Model
 from ._sampler import Sampler, Sampling
+from .llama_cache import longest_token_prefix
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from .llama_cache import BaseLlamaCache
+    from .llama_speculative import LlamaDraftModel
 
 # A shorter shared prefix is evaluated again. Together with the rest of the prompt that costs next to nothing, and the
 # text stays exactly that of a fresh start (llama.cpp uses other kernels for other batch sizes).
@@ -56,10 +61,18 @@ class Engine:
     Attributes:
         tokens: the evaluated tokens, which are in the KV cache.
         lock: leases the context.
+        cache: states of earlier prompts to continue from, if any.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, model: Model, context: Context, *, logits_all: bool, cache_prompt: bool
+        self,
+        library: ctypes.CDLL,
+        model: Model,
+        context: Context,
+        *,
+        logits_all: bool,
+        cache_prompt: bool,
+        draft_model: LlamaDraftModel | None = None,
     ) -> None:
         self.model = model
         self.context = context
@@ -68,8 +81,11 @@ class Engine:
         self.tokens: list[int] = []
         self._library = library
         self._cache_prompt = cache_prompt
+        self._draft_model = draft_model
         self._scores: npt.NDArray[np.float32] | None = None
-        self._last_rows = 0
+        self.cache: BaseLlamaCache | None = None
+        self._n_rows = 0  # rows of logits that llama.cpp holds
+        self._row = 0  # the row, counted from the end, of the token to be chosen: -1 is the last
 
     def close(self) -> None:
         """Free the context and the model as soon as no thread computes. Open streams end."""
@@ -84,25 +100,26 @@ class Engine:
         """Forget all but the first `n` tokens; needs a lease."""
         self.context.keep(n)
         del self.tokens[n:]
-        self._last_rows = 0
+        self._n_rows = 0
 
-    def eval(self, tokens: Sequence[int]) -> None:
-        """As `Llama.eval`; needs a lease."""
+    def eval(self, tokens: Sequence[int], n_outputs: int = 1) -> None:
+        """As `Llama.eval`, with logits for the last `n_outputs` tokens of each batch; needs a lease."""
         n_ctx = self.context.n_ctx
         if len(self.tokens) + len(tokens) > n_ctx:
             raise ValueError(f"Requested tokens ({len(self.tokens) + len(tokens)}) exceed context window of {n_ctx}")
         for start in range(0, len(tokens), self.context.n_batch):
             batch = tokens[start : start + self.context.n_batch]
+            n_rows = len(batch) if self.logits_all else min(n_outputs, len(batch))
             try:
-                self.context.decode(batch, len(self.tokens), self.logits_all)
+                self.context.decode(batch, len(self.tokens), n_rows)
             except BaseException:
-                self._last_rows = 0
+                self._n_rows = 0
                 self.context.keep(len(self.tokens))  # drop the part of this batch that was evaluated
                 raise
             if self.logits_all:
-                self._store_scores(len(self.tokens), self.context.logits(len(batch)))
+                self._store_scores(len(self.tokens), self.context.logits(n_rows))
             self.tokens += batch
-            self._last_rows = len(batch) if self.logits_all else 1
+            self._n_rows, self._row = n_rows, -1
 
     def _store_scores(self, start: int, rows: npt.NDArray[np.float32]) -> None:
         """Store `rows` from position `start` on; the array doubles in size as needed."""
@@ -122,12 +139,11 @@ class Engine:
 
     def has_logits(self) -> bool:
         """Whether llama.cpp holds the logits of the last evaluated token."""
-        return self._last_rows > 0
+        return self._n_rows > 0
 
     def last_logits(self) -> npt.NDArray[np.float32]:
         """A copy of the logits after the last evaluated token, [n_vocab]; needs a lease."""
-        last: npt.NDArray[np.float32] = self.context.logits(self._last_rows)[-1]
-        return last
+        return self.context.logits_row(self._row)
 
     def sampler(self, sampling: Sampling, seed: int) -> Sampler:
         """A new sampler whose penalties have seen the evaluated tokens."""
@@ -141,11 +157,15 @@ class Engine:
         Raises:
             RuntimeError: nothing has been evaluated yet.
         """
+        return self._sample(sampler, self.tokens)
+
+    def _sample(self, sampler: Sampler, before: Sequence[int]) -> int:
+        """Choose the token that follows the tokens `before`, which is what the current row of logits is for."""
         if not self.has_logits():
             raise RuntimeError("there is nothing to sample from before eval()")
         if sampler.needs_logits:
-            return sampler.choose(self.last_logits(), self.tokens)
-        return sampler.sample(self.context.pointer)
+            return sampler.choose(self.last_logits(), before)
+        return sampler.sample(self.context.pointer, self._row)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, seed: int, reset: bool) -> Generator[int, None, None]:
         """As `Llama.generate`; acquires the lock when the first token is asked for."""
@@ -153,18 +173,70 @@ class Engine:
         sampler = None
         try:
             with lease:
+                self._restore_from_cache(prompt)
                 self.eval(self._begin(prompt, reset))
                 sampler = self.sampler(sampling, seed)
-                token = self.sample(sampler)
-            while True:
-                yield token
+                drafted: list[int] = []
+                chosen = self._choose(sampler, drafted)
+            while chosen:
+                for i, token in enumerate(chosen):
+                    self._row = i - 1 - len(drafted)
+                    yield token
                 with lease:
-                    self.eval([token])
-                    token = self.sample(sampler)
+                    drafted = self._draft(chosen[-1])
+                    self.eval([chosen[-1], *drafted], 1 + len(drafted))
+                    chosen = self._choose(sampler, drafted)
         finally:
             if sampler is not None:
                 sampler.close()
+                self._save_to_cache(lease)
             lease.release()
+
+    def _draft(self, token: int) -> list[int]:
+        """The draft model's guess what follows the evaluated tokens and `token`."""
+        if self._draft_model is None:
+            return []
+        import numpy as np  # see Context.logits
+
+        room = min(self.context.n_batch, self.context.n_ctx - len(self.tokens)) - 1
+        guess = self._draft_model(np.array([*self.tokens, token], np.intc))
+        return [int(each) for each in guess[: max(room, 0)]]
+
+    def _choose(self, sampler: Sampler, drafted: Sequence[int]) -> list[int]:
+        """Choose the tokens that follow the evaluated ones before `drafted`, up to the first that was not drafted.
+
+        All but the last of the result are evaluated then; rejected drafts are forgotten. A stopping criterion makes
+        the result shorter, or empty.
+        """
+        n = len(self.tokens) - len(drafted)
+        chosen: list[int] = []
+        for i, guess in enumerate([*drafted, None]):
+            self._row = i - 1 - len(drafted)
+            before = self.tokens[: n + i] if drafted else self.tokens
+            if sampler.stops is not None and sampler.stops(before, self.last_logits()):
+                break
+            chosen.append(self._sample(sampler, before))
+            if chosen[-1] != guess:
+                break
+        n_kept = n + max(len(chosen) - 1, 0)
+        if n_kept < len(self.tokens):
+            self.context.keep(n_kept)  # not self.keep: the logits are still needed
+            del self.tokens[n_kept:]
+        return chosen
+
+    def _restore_from_cache(self, prompt: Sequence[int]) -> None:
+        """Load the cached state that shares more of `prompt` than the evaluated tokens do."""
+        if self.cache is None or not prompt or prompt not in self.cache:
+            return
+        state = self.cache[prompt]
+        if longest_token_prefix(state.input_ids, prompt) > longest_token_prefix(self.tokens, prompt):
+            self.set_state(state.input_ids, state.llama_state)
+
+    def _save_to_cache(self, lease: Lease) -> None:
+        """Cache the current state, unless another call has taken over or closed the context."""
+        if self.cache is not None:
+            with contextlib.suppress(RuntimeError), lease:
+                self.cache[self.tokens] = LlamaState(tuple(self.tokens), self.context.state(), 0)
 
     def _begin(self, prompt: Sequence[int], reset: bool) -> Sequence[int]:
         """Keep what the cache shares with `prompt`, and return the tokens that are still to be evaluated."""
@@ -184,11 +256,7 @@ class Engine:
 
         A repeated prompt is evaluated afresh, so that the same seed gives the same text.
         """
-        n = 0
-        for cached, wanted in zip(self.tokens, prompt, strict=False):
-            if cached != wanted:
-                break
-            n += 1
+        n = longest_token_prefix(self.tokens, prompt)
         return n if MIN_KEPT_PREFIX <= n < len(prompt) else 0
 
     def embed(self, tokens: Sequence[int], normalize: bool) -> list[float] | list[list[float]]:
@@ -201,7 +269,7 @@ class Engine:
         with self.lock.one_step():
             self.keep(0)
             try:
-                self.context.decode(tokens, 0, True)
+                self.context.decode(tokens, 0, len(tokens))
                 if self.context.pooling_type == _structs.LLAMA_POOLING_TYPE_NONE:
                     rows = self.context.embeddings(len(tokens))
                     return [_unit(row) for row in rows] if normalize else rows

@@ -32,14 +32,14 @@ class Model(Handle):
         """
         check_gguf(path)
         stop = threading.Event()
-        params = library.llama_model_default_params()
+        self.params: _structs.llama_model_params = library.llama_model_default_params()
         for name, value in fields.items():
-            setattr(params, name, value)
-        params.progress_callback = _structs.llama_progress_callback(lambda _progress, _data: not stop.is_set())
+            setattr(self.params, name, value)
+        self.params.progress_callback = _structs.llama_progress_callback(lambda _progress, _data: not stop.is_set())
 
         LOG.forget()
         load = Interruptible[ctypes.c_void_p](stop)
-        pointer = load.run(lambda: library.llama_model_load_from_file(os.fsencode(path), params))
+        pointer = load.run(lambda: library.llama_model_load_from_file(os.fsencode(path), self.params))
         if not pointer:
             raise ValueError(f"{path} cannot be loaded: {LOG.problems()}")
         super().__init__("model", pointer, library.llama_model_free, fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import re
 import socket
@@ -57,24 +58,27 @@ def model_fields(
     tensor_buft_overrides: Mapping[str, str] | str,
     use_mmap: bool,
     use_mlock: bool,
+    kv_overrides: Mapping[str, bool | int | float | str] | None,
 ) -> dict[str, Any]:
     """The fields of `llama_model_params` that the options set.
 
     Raises:
         ValueError: an option is out of range, or names something that this library does not have.
+        TypeError: an option has the wrong type.
     """
-    at_least("main_gpu", main_gpu, 0)
-    at_least("n_cpu_moe", n_cpu_moe, 0)
     fields: dict[str, Any] = {
-        "n_gpu_layers": n_gpu_layers,
+        "n_gpu_layers": integer("n_gpu_layers", n_gpu_layers),
         "split_mode": enum_value("split_mode", split_mode, SPLIT_MODES),
-        "main_gpu": main_gpu,
-        "load_mode": LOAD_MODES[use_mmap, use_mlock],
+        "main_gpu": integer("main_gpu", main_gpu, 0),
+        "load_mode": LOAD_MODES[flag("use_mmap", use_mmap), flag("use_mlock", use_mlock)],
     }
     if tensor_split:
         fields["tensor_split"] = _tensor_split(library, tensor_split)
-    if overrides := _overrides(library, tensor_buft_overrides, n_cpu_moe):
+    overrides = _overrides(library, tensor_buft_overrides, integer("n_cpu_moe", n_cpu_moe, 0))
+    if overrides is not None:
         fields["tensor_buft_overrides"] = ctypes.cast(overrides, ctypes.c_void_p)  # keeps the array alive
+    if kv_overrides:
+        fields["kv_overrides"] = ctypes.cast(_kv_overrides(kv_overrides), ctypes.c_void_p)
     return fields
 
 
@@ -96,32 +100,56 @@ def context_fields(
 
     Raises:
         ValueError: an option is out of range.
+        TypeError: an option has the wrong type.
     """
     fields = {
-        "n_ctx": at_least("n_ctx", n_ctx, 0),
-        "n_batch": at_least("n_batch", n_batch, 1),
-        "n_ubatch": at_least("n_ubatch", n_ubatch, 1),
-        "n_threads": at_least("n_threads", n_threads or physical_cores(), 1),
-        "offload_kqv": offload_kqv,
-        "embeddings": embedding,
-        "pooling_type": pooling_type,
+        "n_ctx": integer("n_ctx", n_ctx, 0),
+        "n_batch": integer("n_batch", n_batch, 1),
+        "n_ubatch": integer("n_ubatch", n_ubatch, 1),
+        "n_threads": integer("n_threads", n_threads or physical_cores(), 1),
+        "offload_kqv": flag("offload_kqv", offload_kqv),
+        "embeddings": flag("embedding", embedding),
+        "pooling_type": integer("pooling_type", pooling_type),
     }
-    fields["n_threads_batch"] = at_least("n_threads_batch", n_threads_batch or fields["n_threads"], 1)
+    fields["n_threads_batch"] = integer("n_threads_batch", n_threads_batch or fields["n_threads"], 1)
     if embedding:
-        fields["n_ubatch"] = n_batch  # pooling needs the whole text in one micro-batch
+        fields["n_ubatch"] = fields["n_batch"]  # pooling needs the whole text in one micro-batch
     if flash_attn is not None:
-        fields["flash_attn_type"] = int(flash_attn)
+        fields["flash_attn_type"] = int(flag("flash_attn", flash_attn))
     for name, kv_type in (("type_k", type_k), ("type_v", type_v)):
         if kv_type is not None:
             fields[name] = enum_value(name, kv_type, KV_TYPES)
     return fields
 
 
-def at_least(name: str, value: int, least: int) -> int:
-    """`value` again; ValueError if it is smaller than `least`. llama.cpp would abort the process for some options."""
-    if value < least:
+def integer(name: str, value: Any, least: int | None = None) -> int:  # noqa: ANN401 - that is what it checks
+    """`value` as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is smaller than `least`; llama.cpp would abort the process for some options.
+    """
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an integer") from None
+    if least is not None and result < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
-    return value
+    return result
+
+
+def number(name: str, value: Any) -> float:  # noqa: ANN401
+    """`value` as a float; TypeError if it is not a number."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:  # noqa: ANN401
+    """`value` as a bool; TypeError if it is neither a bool nor 0 or 1."""
+    if not isinstance(value, int) or value not in {0, 1}:
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def enum_value(name: str, value: int | str, values: Mapping[str, int]) -> int:
@@ -172,6 +200,26 @@ def _overrides(
     return result
 
 
+def _kv_overrides(
+    values: Mapping[str, bool | int | float | str],
+) -> ctypes.Array[_structs.llama_model_kv_override]:
+    """The list for `kv_overrides`, ended by an empty key."""
+    result = (_structs.llama_model_kv_override * (len(values) + 1))()
+    for each, (key, value) in zip(result, values.items(), strict=False):
+        each.key = key.encode()[:127]
+        if isinstance(value, bool):
+            each.tag, each.val_bool = _structs.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
+            each.tag, each.val_i64 = _structs.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        elif isinstance(value, float):
+            each.tag, each.val_f64 = _structs.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        elif isinstance(value, str) and len(value.encode()) < 128:
+            each.tag, each.val_str = _structs.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        else:
+            raise ValueError(f"kv_overrides: {key} is {value!r}, expected a bool, an int, a float or at most 127 bytes")
+    return result
+
+
 def _parsed(text: str) -> dict[str, str]:
     wanted = {}
     for entry in filter(None, text.split(",")):
@@ -198,6 +246,12 @@ def physical_cores() -> int:
     except OSError:  # a container without /sys
         return len(cpus)
     return len(siblings)
+
+
+def init_numa(library: ctypes.CDLL, strategy: bool | int) -> None:
+    """Set llama.cpp's NUMA strategy for the process; True is "distribute", as in llama-cpp-python."""
+    if strategy:
+        library.llama_numa_init(1 if strategy is True else integer("numa", strategy, 0))
 
 
 def add_rpc_servers(library: ctypes.CDLL, servers: str | Sequence[str]) -> None:

@@ -11,6 +11,7 @@ The prompt often ends with `<think>`, and `<response>` may be missing. White spa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,9 @@ class ToolCall:
     arguments: str
 
 
+# A call whose end is missing: its name as JSON text, and the beginning of its arguments.
+_BEGUN_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
+
 OutputPart = Reasoning | Content | ToolCall
 
 
@@ -74,11 +78,17 @@ class OutputParser:
             text, self._held = self._held[:n_final], self._held[n_final:]
             yield from self._emit(text, None)
 
-    def flush(self) -> Iterator[OutputPart]:
-        """The rest, once the text has ended. An incomplete call becomes content, so that nothing is lost."""
+    def flush(self, cut: bool = False) -> Iterator[OutputPart]:
+        """The rest, once the text has ended.
+
+        Args:
+            cut: the text was cut off by a limit. An incomplete call is then a call with the arguments so far; otherwise
+                it is content, so that nothing is lost.
+        """
         rest, self._held = self._held, ""
         if self._section == TOOL_CALL:
-            yield Content(TOOL_CALL + rest)
+            begun = _BEGUN_CALL.match(rest) if cut else None
+            yield ToolCall(json.loads(begun[1]), begun[2]) if begun else Content(TOOL_CALL + rest)
         elif text := rest.rstrip() if self._marked else rest:
             yield from self._emit(text, None)
 

@@ -6,18 +6,17 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from . import _structs
+from . import _options, _structs
 from ._handle import Handle
 from ._model import Model
+from ._processors import LogitsProcessor, StoppingCriteria
 from .llama_grammar import LlamaGrammar
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.intc], npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -36,8 +35,9 @@ class SamplingOptions(TypedDict, total=False):
         mirostat_tau: Mirostat's target entropy.
         mirostat_eta: Mirostat's learning rate.
         logit_bias: values to add to the logits of tokens, by token id.
-        grammar: the grammar that the text must follow.
+        grammar: the grammar that the text must follow, as an object or as GBNF text.
         logits_processor: functions called in order with the evaluated tokens and the logits; each returns new logits.
+        stopping_criteria: functions of the evaluated tokens and the next logits, any of which may end generation.
     """
 
     top_k: int
@@ -51,9 +51,50 @@ class SamplingOptions(TypedDict, total=False):
     mirostat_tau: float
     mirostat_eta: float
     logit_bias: Mapping[int, float] | Mapping[str, float] | None
-    grammar: LlamaGrammar | None
-    logits_processor: Sequence[LogitsProcessor] | None
+    grammar: LlamaGrammar | str | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None
 
+
+def _grammar(name: str, value: Any) -> LlamaGrammar:  # noqa: ANN401 - that is what it checks
+    if isinstance(value, str):
+        return LlamaGrammar(value)
+    if not isinstance(value, LlamaGrammar):
+        raise TypeError(f"{name} is {value!r}, expected a LlamaGrammar or GBNF text")
+    return value
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float]:  # noqa: ANN401
+    try:
+        return {int(token): float(bias) for token, bias in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, expected a dictionary from token ids to numbers") from None
+
+
+def _functions(name: str, value: Any) -> Sequence[Any]:  # noqa: ANN401
+    functions = list(value) if isinstance(value, Sequence) else [value]
+    if not all(map(callable, functions)):
+        raise TypeError(f"{name} is {value!r}, expected a function or a list of functions")
+    return functions
+
+
+# How the value of each option of a call is checked and converted.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "top_k": _options.integer,
+    "top_p": _options.number,
+    "min_p": _options.number,
+    "typical_p": _options.number,
+    "repeat_penalty": _options.number,
+    "frequency_penalty": _options.number,
+    "presence_penalty": _options.number,
+    "mirostat_mode": _options.integer,
+    "mirostat_tau": _options.number,
+    "mirostat_eta": _options.number,
+    "logit_bias": _logit_bias,
+    "grammar": _grammar,
+    "logits_processor": _functions,
+    "stopping_criteria": _functions,
+}
 
 MIROSTAT_M = 100  # as in llama.cpp's own tools
 
@@ -77,14 +118,13 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: LlamaGrammar | None = None
     logits_processor: Sequence[LogitsProcessor] = ()
+    stopping_criteria: Sequence[StoppingCriteria] = ()
 
     @classmethod
-    def from_options(cls, options: SamplingOptions, *, temp: float, penalty_last_n: int) -> Sampling:
+    def from_options(cls, options: Mapping[str, Any], *, temp: float, penalty_last_n: int) -> Sampling:
         """The options of a call: None stands for the default, and token ids may be text, as in JSON."""
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        if "logit_bias" in given:
-            given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
-        return cls(**given, temp=temp, penalty_last_n=penalty_last_n)
+        given = {name: CHECKS[name](name, value) for name, value in options.items() if value is not None}
+        return cls(**given, temp=_options.number("temperature", temp), penalty_last_n=penalty_last_n)
 
     def __post_init__(self) -> None:
         for name in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
@@ -115,6 +155,7 @@ class Sampler(Handle):
         self._library = library
         self._penalizes = sampling.penalizes
         self._processors = sampling.logits_processor
+        self.stops = _any_of(sampling.stopping_criteria) if sampling.stopping_criteria else None
         self._grammar: Handle | None = None
         for stage in _stages(library, model, sampling, seed):
             library.llama_sampler_chain_add(chain, stage)
@@ -138,9 +179,9 @@ class Sampler(Handle):
         """Whether to call `choose` instead of `sample`."""
         return self._grammar is not None or bool(self._processors)
 
-    def sample(self, context: ctypes.c_void_p) -> int:
-        """Choose and accept a token, from the last logits of `context`."""
-        return int(self._library.llama_sampler_sample(self.pointer, context, -1))
+    def sample(self, context: ctypes.c_void_p, row: int) -> int:
+        """Choose and accept a token, from a row of the last logits of `context`; -1 is the last row."""
+        return int(self._library.llama_sampler_sample(self.pointer, context, row))
 
     def choose(self, logits: npt.NDArray[np.float32], evaluated: Sequence[int]) -> int:
         """Choose and accept a token, from `logits`, [n_vocab]; the logits processors see the `evaluated` tokens."""
@@ -169,6 +210,13 @@ class Sampler(Handle):
         array = _structs.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
         self._library.llama_sampler_apply(grammar.pointer, array)
         return bool(one.logit != -math.inf)
+
+
+def _any_of(criteria: Sequence[StoppingCriteria]) -> Callable[[Sequence[int], npt.NDArray[np.float32]], bool]:
+    """Whether any of the criteria stops after these tokens, with these logits of the next."""
+    import numpy as np  # see Context.logits
+
+    return lambda tokens, logits: any(stop(np.array(tokens, np.intc), logits) for stop in criteria)
 
 
 class _Candidates:

@@ -8,42 +8,62 @@ and compares the size and offset of every field, the number of fields, every con
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_bool, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char,
+    c_double,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 
 
-class llama_model_p(c_void_p):
+class Pointer(c_void_p):
+    """An opaque pointer. It converts to its address, which is what llama-cpp-python returns instead."""
+
+    def __index__(self) -> int:
+        return self.value or 0
+
+
+class llama_model_p(Pointer):
     """`struct llama_model *`."""
 
 
-class llama_context_p(c_void_p):
+class llama_context_p(Pointer):
     """`struct llama_context *`."""
 
 
-class llama_vocab_p(c_void_p):
+class llama_vocab_p(Pointer):
     """`const struct llama_vocab *`."""
 
 
-class llama_memory_p(c_void_p):
+class llama_memory_p(Pointer):
     """`llama_memory_t`."""
 
 
-class llama_sampler_p(c_void_p):
+class llama_sampler_p(Pointer):
     """`struct llama_sampler *`."""
 
 
-class llama_adapter_lora_p(c_void_p):
+class llama_adapter_lora_p(Pointer):
     """`struct llama_adapter_lora *`."""
 
 
-class ggml_backend_buffer_type_t(c_void_p):
+class ggml_backend_buffer_type_t(Pointer):
     """A kind of memory that tensors are allocated in."""
 
 
-class ggml_backend_dev_t(c_void_p):
+class ggml_backend_dev_t(Pointer):
     """A device."""
 
 
-class ggml_backend_reg_t(c_void_p):
+class ggml_backend_reg_t(Pointer):
     """A backend: CPU, CUDA, RPC, ..."""
 
 
@@ -175,6 +195,17 @@ class llama_model_tensor_buft_override(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", ggml_backend_buffer_type_t)]
 
 
+class _KvOverrideValue(ctypes.Union):
+    _fields_ = [("val_i64", c_int64), ("val_f64", c_double), ("val_bool", c_bool), ("val_str", c_char * 128)]
+
+
+class llama_model_kv_override(ctypes.Structure):
+    """A metadata value to use instead of the file's; an empty key ends a list of overrides."""
+
+    _anonymous_ = ("value",)
+    _fields_ = [("tag", enum), ("key", c_char * 128), ("value", _KvOverrideValue)]
+
+
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     llama_batch,
     llama_model_params,
@@ -205,6 +236,28 @@ LLAMA_FLASH_ATTN_TYPE_AUTO = -1
 
 LLAMA_POOLING_TYPE_UNSPECIFIED = -1
 LLAMA_POOLING_TYPE_NONE = 0
+LLAMA_POOLING_TYPE_MEAN = 1
+LLAMA_POOLING_TYPE_CLS = 2
+LLAMA_POOLING_TYPE_LAST = 3
+LLAMA_POOLING_TYPE_RANK = 4
+
+LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED = -1
+LLAMA_ROPE_SCALING_TYPE_NONE = 0
+LLAMA_ROPE_SCALING_TYPE_LINEAR = 1
+LLAMA_ROPE_SCALING_TYPE_YARN = 2
+LLAMA_ROPE_SCALING_TYPE_LONGROPE = 3
+
+LLAMA_ATTENTION_TYPE_UNSPECIFIED = -1
+LLAMA_ATTENTION_TYPE_CAUSAL = 0
+LLAMA_ATTENTION_TYPE_NON_CAUSAL = 1
+
+LLAMA_TOKEN_ATTR_CONTROL = 1 << 3
+LLAMA_TOKEN_ATTR_USER_DEFINED = 1 << 4
+
+LLAMA_KV_OVERRIDE_TYPE_INT = 0
+LLAMA_KV_OVERRIDE_TYPE_FLOAT = 1
+LLAMA_KV_OVERRIDE_TYPE_BOOL = 2
+LLAMA_KV_OVERRIDE_TYPE_STR = 3
 
 GGML_TYPE_F32 = 0
 GGML_TYPE_F16 = 1

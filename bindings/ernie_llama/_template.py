@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import jinja2
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
 class ChatTemplate:
     """A compiled template, set up as in transformers: sandboxed, and blocks leave no blank lines."""
 
@@ -58,8 +61,7 @@ class ChatTemplate:
         """
         import jinja2
 
-        if not messages:
-            raise ValueError("there are no messages to answer")
+        _check(messages)
         values = {**self._tokens, "tools": list(tools) if tools else None, **(variables or {})}
         try:
             return self._template.render(
@@ -71,11 +73,24 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 
+def _check(messages: Sequence[ChatCompletionRequestMessage]) -> None:
+    """Check what a template would not: many write nothing for a role or a content that they do not know."""
+    if isinstance(messages, str | bytes | Mapping) or not all(isinstance(each, Mapping) for each in messages):
+        raise TypeError(
+            f'messages is {messages!r}, expected a list of dictionaries such as {{"role": "user", "content": "Hello"}}'
+        )
+    if not messages:
+        raise ValueError("there are no messages to answer")
+    for i, message in enumerate(messages):
+        if (role := message.get("role")) not in ROLES:
+            raise ValueError(f"message {i} has the role {role!r}, expected one of {', '.join(ROLES)}")
+        if message.get("content") is None and role != "assistant":
+            raise ValueError(f"message {i}, of the {role}, has no content")
+
+
 def _plain(message: ChatCompletionRequestMessage) -> dict[str, Any]:
     """The message with its content as one text: templates of text models know no parts."""
     plain: dict[str, Any] = dict(message)
-    if "role" not in plain:
-        raise ValueError(f"a message has no role: {plain}")
     content = plain.get("content")
     if content is None:
         plain["content"] = ""

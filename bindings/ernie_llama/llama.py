@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import random
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _library, _options, _structs
+from . import _compat, _library, _options, _structs
 from ._chat import ChatResults, format_grammar, tool_grammar
-from ._completion import Completion, Results
+from ._compat import CompletionOptions, LlamaOptions
+from ._completion import Completion, Results, log_softmax
 from ._context import Context
 from ._engine import Engine, LlamaState
 from ._log import LOG
@@ -20,6 +22,8 @@ from ._model import Model
 from ._output import MARKERS, THINK
 from ._sampler import Sampling, SamplingOptions
 from ._template import ChatTemplate
+from .llama_cache import longest_token_prefix
+from .llama_tokenizer import LlamaTokenizer
 from .llama_types import (
     ChatCompletionRequestMessage,
     ChatCompletionRequestResponseFormat,
@@ -35,7 +39,11 @@ from .llama_types import (
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from typing_extensions import Self, Unpack  # in the standard library from Python 3.11 on
+
+    from .llama_cache import BaseLlamaCache
+    from .llama_speculative import LlamaDraftModel
 
 
 class Llama:
@@ -48,6 +56,8 @@ class Llama:
     Attributes:
         model_path: path of the file.
         metadata: scalar metadata of the file, as text by key.
+        n_batch: tokens passed to llama.cpp at once.
+        last_n_tokens_size: number of tokens the penalties look back.
     """
 
     def __init__(
@@ -81,7 +91,9 @@ class Llama:
         lora_scale: float = 1.0,
         chat_template: str | None = None,
         cache_prompt: bool = True,
+        draft_model: LlamaDraftModel | None = None,
         verbose: bool = False,
+        **options: Unpack[LlamaOptions],
     ) -> None:
         """Load a model and make a context.
 
@@ -120,13 +132,18 @@ class Llama:
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
                 from those of a fresh start; False starts every call afresh.
+            draft_model: guesses tokens to evaluate several at once; see `llama_speculative`.
             verbose: let llama.cpp log to stderr. Its log is global: the newest Llama decides for the process.
+            options: rarely needed options of llama-cpp-python, see `LlamaOptions`.
 
         Raises:
             LibraryNotFoundError: there is no libllama; lists the places that were searched.
             ValueError: the file is missing, is not GGUF, or is refused by llama.cpp, with the reason; or an option is
-                out of range.
+                out of range or cannot be obeyed.
+            TypeError: an option is unknown or has the wrong type.
         """
+        rare = _compat.accepted("Llama", options, _compat.LLAMA, LlamaOptions.__annotations__)
+        _compat.warn_of_chat_format(rare.get("chat_format"))
         context_fields = _options.context_fields(
             n_ctx=n_ctx,
             n_batch=n_batch,
@@ -140,12 +157,13 @@ class Llama:
             embedding=embedding,
             pooling_type=pooling_type,
         )
-        self._last_n = _options.at_least("last_n_tokens_size", last_n_tokens_size, 0)
+        self.last_n_tokens_size = _options.integer("last_n_tokens_size", last_n_tokens_size, 0)
         self.model_path = os.fspath(model_path)
         self.verbose = LOG.verbose = verbose
         self._seed_lock = threading.Lock()
         self.set_seed(seed)
         library = _library.load()
+        _options.init_numa(library, rare.get("numa") or False)
         if rpc_servers:
             _options.add_rpc_servers(library, rpc_servers)
         model_fields = _options.model_fields(
@@ -158,15 +176,23 @@ class Llama:
             tensor_buft_overrides=tensor_buft_overrides,
             use_mmap=use_mmap,
             use_mlock=use_mlock,
+            kv_overrides=rare.get("kv_overrides"),
         )
         self._model = Model(library, self.model_path, model_fields)
+        self.metadata = self._model.metadata()
+        context_fields |= _compat.context_fields(rare, self.metadata)
         self._ctx = Context(library, self._model, context_fields)
         if lora_path is not None:
             self._ctx.set_lora(self._model.load_lora(os.fspath(lora_path)), lora_scale)
         self._engine = Engine(
-            library, self._model, self._ctx, logits_all=logits_all, cache_prompt=cache_prompt and not embedding
+            library,
+            self._model,
+            self._ctx,
+            logits_all=_options.flag("logits_all", logits_all),
+            cache_prompt=_options.flag("cache_prompt", cache_prompt) and not embedding,
+            draft_model=draft_model,
         )
-        self.metadata = self._model.metadata()
+        self.n_batch = self._ctx.n_batch
         self._n_vocab = self._model.n_vocab()
         self._embedding = embedding
         self._chat_template = chat_template
@@ -226,18 +252,48 @@ class Llama:
         """
         return self._model.tokenize(text, add_bos, special)
 
-    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
         """The text of `tokens` in UTF-8; control tokens have text only if `special`.
 
         The text may begin or end inside a character. It begins with a space if the tokenizer puts one before texts.
+        `prev_tokens` exists for compatibility with llama-cpp-python and has no effect.
         """
         return self._model.tokens_to_pieces(tokens, special)
+
+    def tokenizer(self) -> LlamaTokenizer:
+        """The tokenizer as an object of its own."""
+        return LlamaTokenizer(self)
+
+    @property
+    def model(self) -> ctypes.c_void_p:
+        """The `struct llama_model *`, for the functions of the module `llama_cpp`."""
+        return self._model.pointer
+
+    @property
+    def ctx(self) -> ctypes.c_void_p:
+        """The `struct llama_context *`, for the functions of the module `llama_cpp`.
+
+        This Llama does not notice what they change in the KV cache: call `reset` before you use it again.
+        """
+        return self._ctx.pointer
+
+    @property
+    def model_params(self) -> _structs.llama_model_params:
+        """The parameters that the model was loaded with."""
+        return self._model.params
+
+    @property
+    def context_params(self) -> _structs.llama_context_params:
+        """The parameters that the context was made with."""
+        return self._ctx.params
 
     # --- evaluation
 
     def set_seed(self, seed: int) -> None:
         """Set the seed of the next draw, from which the seeds of later draws derive; -1 for a random one."""
-        seed &= 0xFFFFFFFF
+        seed = _options.integer("seed", seed) & 0xFFFFFFFF
         self._seed = random.getrandbits(32) if seed == _structs.LLAMA_DEFAULT_SEED else seed
 
     def _next_seed(self, seed: int | None = None) -> int:
@@ -263,6 +319,35 @@ class Llama:
         with self._engine.lock.one_step():
             self._engine.keep(0)
 
+    @property
+    def input_ids(self) -> npt.NDArray[np.intc]:
+        """The evaluated tokens as an array, [n_tokens]."""
+        import numpy as np  # see Context.logits
+
+        return np.array(self._engine.tokens, np.intc)
+
+    @property
+    def eval_logits(self) -> list[list[float]]:
+        """Logits after each evaluated token, or only after the last one without `logits_all`, as lists."""
+        logits: list[list[float]] = (self.scores if self._engine.logits_all else self.logits[None]).tolist()
+        return logits
+
+    @staticmethod
+    def logits_to_logprobs(logits: npt.ArrayLike, axis: int = -1) -> npt.NDArray[np.float32]:
+        """Log probabilities of `logits` along an axis."""
+        import numpy as np  # see Context.logits
+
+        return log_softmax(np.asarray(logits, np.float32), axis)
+
+    longest_token_prefix = staticmethod(longest_token_prefix)
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """Keep the state after each completion in `cache`, and start from the one with the longest prefix.
+
+        Worth it for prompts that take turns; the prefix shared with the last prompt is kept without a cache.
+        """
+        self._engine.cache = cache
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate `tokens`, which follow those evaluated before.
 
@@ -271,7 +356,7 @@ class Llama:
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
         with self._engine.lock.one_step():
-            self._engine.eval(tokens)
+            self._engine.eval([_options.integer("a token", token) for token in tokens])
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -314,7 +399,7 @@ class Llama:
             self._engine.set_state(state.input_ids, state.llama_state)
             self._seed = state.seed
 
-    def sample(self, *, temp: float = 0.8, **options: Unpack[SamplingOptions]) -> int:
+    def sample(self, *, temp: float = 0.8, **options: Unpack[CompletionOptions]) -> int:
         """Choose the token that follows the last evaluated one, without evaluating it; greedy if `temp <= 0`.
 
         Raises:
@@ -327,11 +412,12 @@ class Llama:
             finally:
                 sampler.close()
 
-    def _sampling(self, options: SamplingOptions, temp: float) -> Sampling:
-        return Sampling.from_options(options, temp=temp, penalty_last_n=self._last_n)
+    def _sampling(self, options: CompletionOptions, temp: float) -> Sampling:
+        given = _compat.accepted("this method of Llama", options, _compat.COMPLETION, SamplingOptions.__annotations__)
+        return Sampling.from_options(given, temp=temp, penalty_last_n=self.last_n_tokens_size)
 
     def generate(
-        self, tokens: Sequence[int], *, temp: float = 0.8, reset: bool = True, **options: Unpack[SamplingOptions]
+        self, tokens: Sequence[int], *, temp: float = 0.8, reset: bool = True, **options: Unpack[CompletionOptions]
     ) -> Generator[int, None, None]:
         """Evaluate `tokens`, then choose and evaluate one token after the other; greedy if `temp <= 0`.
 
@@ -341,7 +427,7 @@ class Llama:
             tokens: the prompt.
             temp: temperature.
             reset: start with the prompt; False continues after the tokens evaluated before.
-            options: see `SamplingOptions`.
+            options: see `SamplingOptions` and `CompletionOptions`.
 
         Raises:
             ValueError: there is nothing to continue from, or the context is full.
@@ -363,7 +449,7 @@ class Llama:
         stream: Literal[False] = ...,
         seed: int | None = ...,
         model: str | None = ...,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> CreateCompletionResponse: ...
 
     @overload
@@ -379,7 +465,7 @@ class Llama:
         stream: Literal[True],
         seed: int | None = ...,
         model: str | None = ...,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> Iterator[CreateCompletionStreamResponse]: ...
 
     def create_completion(
@@ -394,7 +480,7 @@ class Llama:
         stream: bool = False,
         seed: int | None = None,
         model: str | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> CreateCompletionResponse | Iterator[CreateCompletionStreamResponse]:
         """Generate text that follows `prompt`.
 
@@ -408,15 +494,15 @@ class Llama:
             stream: return an iterator of chunks instead of one result.
             seed: seed of the draws; default the next seed of this Llama.
             model: name of the model in the result; default its path.
-            options: see `SamplingOptions`.
+            options: see `SamplingOptions` and `CompletionOptions`.
 
         Raises:
             ValueError: the prompt is empty or leaves no room for a token in the context, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
             TypeError: the prompt is bytes, or an option is unknown.
         """
-        if isinstance(prompt, bytes):  # a sequence of integers too, but never of token ids
-            raise TypeError("the prompt is bytes, expected str or token ids")
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise TypeError(f"the prompt is {type(prompt).__name__}, expected str or token ids")
         tokens = self.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else list(prompt)
         text = prompt if isinstance(prompt, str) else self._prompt_text(tokens)
         if echo and logprobs is not None and not self._engine.logits_all:
@@ -447,14 +533,19 @@ class Llama:
         if room <= 0:
             raise ValueError(f"Requested tokens ({len(tokens)}) exceed context window of {self.n_ctx()}")
         if logprobs is not None:
-            _options.at_least("logprobs", logprobs, 0)
+            logprobs = _options.integer("logprobs", logprobs, 0)
+        if max_tokens is not None:
+            max_tokens = _options.integer("max_tokens", max_tokens)
+        stops = [stop] if isinstance(stop, str) else stop or ()
+        if not isinstance(stops, Sequence) or not all(isinstance(each, str) for each in stops):
+            raise TypeError(f"stop is {stop!r}, expected a string or a list of strings")
         return Completion(
             engine=self._engine,
             prompt=tokens,
             sampling=sampling,
             seed=self._next_seed(seed),
             limit=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
-            stop=[stop] if isinstance(stop, str) else stop or (),
+            stop=stops,
             logprobs=logprobs,
         )
 
@@ -504,7 +595,7 @@ class Llama:
         logprobs: bool | None = ...,
         top_logprobs: int | None = ...,
         chat_template_kwargs: Mapping[str, Any] | None = ...,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> CreateChatCompletionResponse: ...
 
     @overload
@@ -524,7 +615,7 @@ class Llama:
         logprobs: bool | None = ...,
         top_logprobs: int | None = ...,
         chat_template_kwargs: Mapping[str, Any] | None = ...,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> Iterator[CreateChatCompletionStreamResponse]: ...
 
     def create_chat_completion(
@@ -543,7 +634,7 @@ class Llama:
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[CompletionOptions],
     ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]:
         """Answer `messages`, rendered with the file's chat template.
 
@@ -564,7 +655,7 @@ class Llama:
             logprobs: report the log probabilities of the tokens.
             top_logprobs: with `logprobs`, also those of the N likeliest tokens at each position.
             chat_template_kwargs: more variables for the template, such as `enable_thinking`.
-            options: see `SamplingOptions`.
+            options: see `SamplingOptions` and `CompletionOptions`.
 
         Raises:
             ValueError: the template, the schema or the context refuses the request, or an option is out of range.
@@ -593,6 +684,27 @@ class Llama:
         thinking = prompt.rstrip().endswith(THINK)
         results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinking)
         return results.chunks() if stream else results.response()
+
+    def create_chat_completion_openai_v1(
+        self,
+        messages: Sequence[ChatCompletionRequestMessage],
+        **options: Any,  # noqa: ANN401
+    ) -> ChatCompletion | Iterator[ChatCompletionChunk]:
+        """As `create_chat_completion`, with the classes of the package `openai` as results."""
+        from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+        result = self.create_chat_completion(messages, **options)
+        if isinstance(result, dict):
+            return ChatCompletion.model_validate(result)
+        return (ChatCompletionChunk.model_validate(chunk) for chunk in result)
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, *_args: object, **_options: object) -> NoReturn:
+        """Not available: raises NotImplementedError, which says how to download and convert a checkpoint."""
+        raise NotImplementedError(
+            f"Llama downloads nothing: `huggingface-cli download {repo_id}`, convert a checkpoint with `ernie-gguf "
+            "convert`, then Llama(FILE)"
+        )
 
     def _chat_tokens(self, prompt: str) -> list[int]:
         """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""

@@ -221,3 +221,75 @@ class ChatCompletionRequestResponseFormat(TypedDict):
     type: Literal["text", "json_object", "json_schema"]
     schema: NotRequired[dict[str, Any]]
     json_schema: NotRequired[dict[str, Any]]
+
+
+# --- more names of llama-cpp-python: parts of requests, and other names for the types above
+
+JsonType: TypeAlias = int | str | bool | list[Any] | dict[str, Any] | None
+
+
+class ChatCompletionResponseFunctionCall(TypedDict):
+    """The call of a function, in the form that preceded tool calls."""
+
+    name: str
+    arguments: str
+
+
+class ChatCompletionFunctionCallOption(TypedDict):
+    """The name of a function to call, in the form that preceded tool_choice."""
+
+    name: str
+
+
+class ChatCompletionStreamResponseDeltaEmpty(TypedDict):
+    """The delta of a chunk without text."""
+
+
+class ChatCompletionRequestMessageContentPartText(TypedDict):
+    """Text in a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatCompletionRequestMessageContentPartImageImageUrl(TypedDict):
+    """The address of a picture."""
+
+    url: str
+    detail: NotRequired[Literal["auto", "low", "high"]]
+
+
+class ChatCompletionRequestMessageContentPartImage(TypedDict):
+    """A picture in a message."""
+
+    type: Literal["image_url"]
+    image_url: str | ChatCompletionRequestMessageContentPartImageImageUrl
+
+
+ChatCompletionRequestMessageContentPart: TypeAlias = (
+    ChatCompletionRequestMessageContentPartText | ChatCompletionRequestMessageContentPartImage
+)
+ChatCompletionFunction = ChatCompletionFunctions = ChatCompletionToolFunction
+ChatCompletionRequestFunctionCallOption = ChatCompletionFunctionCallOption
+ChatCompletionRequestFunctionCall: TypeAlias = Literal["none", "auto"] | ChatCompletionFunctionCallOption
+ChatCompletionFunctionParameters: TypeAlias = dict[str, Any]
+ChatCompletionMessageToolCallChunkFunction = ChatCompletionMessageToolCallFunction
+ChatCompletionMessageToolCalls: TypeAlias = list[ChatCompletionMessageToolCall]
+ChatCompletionStreamResponseDeltaFunctionCall = ChatCompletionResponseFunctionCall
+ChatCompletionRequestAssistantMessageFunctionCall = ChatCompletionResponseFunctionCall
+ChatCompletionRequestSystemMessage = ChatCompletionRequestMessage
+ChatCompletionRequestUserMessage = ChatCompletionRequestMessage
+ChatCompletionRequestAssistantMessage = ChatCompletionRequestMessage
+ChatCompletionRequestToolMessage = ChatCompletionRequestMessage
+ChatCompletionRequestFunctionMessage = ChatCompletionRequestMessage
+EmbeddingData = Embedding
+Completion = CompletionChunk = CreateCompletionResponse
+ChatCompletion = CreateChatCompletionResponse
+ChatCompletionChoice = ChatCompletionResponseChoice
+ChatCompletionMessage = ChatCompletionResponseMessage
+ChatCompletionChunk = ChatCompletionStreamResponse = CreateChatCompletionStreamResponse
+ChatCompletionChunkChoice = ChatCompletionStreamResponseChoice
+ChatCompletionChunkDelta = ChatCompletionStreamResponseDelta
+ChatCompletionChunkDeltaEmpty = ChatCompletionStreamResponseDeltaEmpty
+ChatCompletionResponseFunction = ChatCompletionFunction
+ChatCompletionFunctionCall = ChatCompletionResponseFunctionCall

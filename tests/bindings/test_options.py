@@ -188,9 +188,9 @@ def n_decoded(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     decode = llm._ctx.decode
 
-    def counting(tokens: list[int], n_past: int, logits_all: bool) -> None:
+    def counting(tokens: list[int], n_past: int, n_outputs: int) -> None:
         counts.append(len(tokens))
-        decode(tokens, n_past, logits_all)
+        decode(tokens, n_past, n_outputs)
 
     monkeypatch.setattr(llm._ctx, "decode", counting)
     return counts

@@ -128,5 +128,5 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 
 
 def test_an_unknown_option_is_a_type_error(llm: Llama) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tfs_z'"):
-        llm(PROMPT, tfs_z=0.9)  # type: ignore[call-overload]  # the mistake
+    with pytest.raises(TypeError, match="has no option 'dry_base'"):
+        llm(PROMPT, dry_base=0.9)  # type: ignore[call-overload]  # the mistake

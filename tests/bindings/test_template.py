@@ -85,5 +85,5 @@ def test_invalid_templates_and_messages_are_refused() -> None:
         template("{% fr %}")
     with pytest.raises(ValueError, match="there are no messages to answer"):
         template("x").render([])
-    with pytest.raises(ValueError, match="a message has no role"):
+    with pytest.raises(ValueError, match="message 0 has the role None"):
         template("x").render([{"content": "x"}])  # type: ignore[typeddict-item]  # the mistake
