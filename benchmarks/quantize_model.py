@@ -18,9 +18,9 @@ from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.checkpoint.shards import read_headers
 from ernie_gguf.convert import prepare
 from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_gguf.quantize.run import Step, quantize
-from ernie_gguf.quantize.settings import Settings
-from ernie_gguf.quantize.text import calibration_chunks
+from ernie_gguf.quantize.run import Step, run_quantize
+from ernie_gguf.quantize.settings import Settings, kernels_for
+from ernie_gguf.quantize.text import calibration_sequences
 from random_checkpoint import make_checkpoint
 from released import SHAPES, bf16_21b
 from rich.table import Table
@@ -59,7 +59,7 @@ def own_text(folder: Path, tokens: int) -> Path:
 def measure(checkpoint: Path, text: Path, settings: Settings, tokens: int, out: Path) -> list[LayerTime]:
     """Quantize and time the layers; the first entry is all that comes before the first MoE layer's first expert."""
     job = prepare(checkpoint, Outtype.CCQ2)
-    calibration = calibration_chunks([text], checkpoint, job.config, 512, tokens)
+    calibration = calibration_sequences([text], checkpoint, job.vocab, 512, tokens)
     ends: dict[int, tuple[float, list[Step]]] = {}
     begun = time.monotonic()
 
@@ -67,7 +67,8 @@ def measure(checkpoint: Path, text: Path, settings: Settings, tokens: int, out: 
         steps = ends[step.layer][1] if step.layer in ends else []
         ends[step.layer] = (time.monotonic(), [*steps, step])
 
-    quantize(job, calibration, settings, out, overwrite=True, restart=True, listen=listen)
+    kernels, _ = kernels_for(settings.device)
+    run_quantize(job, calibration, settings, kernels, out, overwrite=True, restart=True, listen=listen)
     times, before = [], begun
     for layer, (end, steps) in sorted(ends.items()):
         matrices = [stats for step in steps for stats in step.stats]

@@ -2,7 +2,7 @@
 
 One expert's gate and up (3072 rows of 2560, which share their inputs) and down (2560 rows of 1536) are encoded, or as
 many experts at once as `--experts` says, on Gaussian weights and correlated inputs. "Search" is feedback for each code
-map and coordinate descent; "all" is everything from the second moments to ccq2 rows: factoring, search, packing, and
+map and coordinate descent; "all" is everything from the Hessians to ccq2 rows: factoring, search, packing, and
 the plain encoding that the report compares with. The time for the whole model is weights over the rate of all; it
 leaves out reading the checkpoint and the forward pass, which benchmarks/quantize_model.py has.
 """
@@ -17,8 +17,10 @@ import torch
 from common import benchmark_parser, machine, report
 from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.quantize.encoder import Pipeline, encode_calibrated, start
-from ernie_gguf.quantize.kernels import Kernels, TorchKernels, kernels_for, make_books
-from ernie_gguf.quantize.metric import make_metric
+from ernie_gguf.quantize.hessian import factor
+from ernie_gguf.quantize.kernels import Kernels, make_codebooks
+from ernie_gguf.quantize.kernels_torch import TorchKernels
+from ernie_gguf.quantize.settings import PERCDAMP, kernels_for
 from released import SHAPES
 from rich.table import Table
 
@@ -41,7 +43,7 @@ class Timing:
 
 
 def problem(experts: int, rows: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian matrices w [experts, rows, k] and moments h [experts, k, k] of inputs with a decaying spectrum."""
+    """Gaussian matrices w [experts, rows, k] and Hessians h [experts, k, k] of inputs with a decaying spectrum."""
     torch.manual_seed(0)
     mix = torch.randn(k, k, device=device) * torch.logspace(0, -1.5, k, device=device)
     x = torch.randn(4 * k, k, device=device) @ mix
@@ -51,15 +53,15 @@ def problem(experts: int, rows: int, k: int, device: str) -> tuple[torch.Tensor,
 
 def measure(device: str, experts: int, maps: int, kernels: Kernels) -> list[Timing]:
     """One run per shape, after one to warm up."""
-    pipeline = Pipeline(make_books(CODE_MAPS[:maps], device), kernels)
+    pipeline = Pipeline(make_codebooks(CODE_MAPS[:maps], device), kernels)
     found = []
     for name, (rows, k) in MATRICES.items():
         w, h = problem(experts, rows, k, device)
         pipeline.encode(w[:1, :64], h[:1])
-        metric = make_metric(h)
-        begun, _ = start(w, metric)
-        search = _seconds(device, encode_calibrated, begun, metric, pipeline.books, kernels)
-        del begun, metric
+        hessian = factor(h, PERCDAMP)
+        begun, _ = start(w, hessian)
+        search = _seconds(device, encode_calibrated, begun, hessian, pipeline.codebooks, kernels)
+        del begun, hessian
         whole = _seconds(device, pipeline.encode, w, h)
         found.append(Timing(name, maps, w.numel(), search, whole))
     return found
@@ -88,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # a rate per core
     experts = options.experts or (1 if options.device == "cpu" else 32)
-    kernels = TorchKernels() if options.torch else kernels_for(options.device)
+    kernels = TorchKernels() if options.torch else kernels_for(options.device)[0]
     with torch.inference_mode():
         timings = [timing for maps in options.maps for timing in measure(options.device, experts, maps, kernels)]
     what = "one core" if options.device == "cpu" else torch.cuda.get_device_name()

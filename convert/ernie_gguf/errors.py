@@ -44,3 +44,23 @@ class GgufError(ErnieGgufError):
 
 class Ccq2Error(GgufError):
     """Bytes that do not form a ccq2 row, or a row length that ccq2 cannot hold."""
+
+
+class ExtraError(ErnieGgufError):
+    """`quantize` lacks torch, or this torch cannot do what was asked."""
+
+
+class CalibrationError(ErnieGgufError):
+    """The calibration text cannot be read, is not UTF-8, or is too short."""
+
+
+class QuantizeError(ErnieGgufError):
+    """The checkpoint has nothing to quantize, or is quantized already, or the GPU's memory is too small."""
+
+
+class ActivationError(ErnieGgufError):
+    """The forward pass of the calibration text gave NaN or infinity."""
+
+
+class WorkspaceError(ErnieGgufError):
+    """An interrupted run cannot be resumed: its inputs differ, it is in use, or its folder is damaged."""

@@ -70,7 +70,7 @@ def test_the_compiled_search_gives_the_same() -> None:
 def test_bytes_are_the_same_without_the_compiled_search(monkeypatch: pytest.MonkeyPatch) -> None:
     w = gaussian(40, 512, seed=6)
     whole = encode_rows(w)
-    monkeypatch.setattr(search, "_LIBRARY", None)
+    monkeypatch.setattr(search, "library", lambda: None)
     assert np.array_equal(whole, encode_rows(w))
 
 

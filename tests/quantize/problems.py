@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from ernie_gguf.ccq2 import native
 from ernie_gguf.ccq2.rows import codebook
-from ernie_gguf.quantize.kernels import CompiledKernels, Kernels, TorchKernels
+from ernie_gguf.quantize.kernels import Kernels
+from ernie_gguf.quantize.kernels_cpu import CpuKernels
+from ernie_gguf.quantize.kernels_torch import TorchKernels
 
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
@@ -22,8 +25,8 @@ U8 = npt.NDArray[np.uint8]
 THREE_MAPS = ((15853988, 162772864), (1608624434, 3210067701), (15729776, 137203147))  # the second wraps around
 KERNELS = ("torch", "compiled")
 
-# Second moments of: independent inputs; inputs that go along with their neighbours; a few loud ones among many;
-# fewer tokens than inputs; one token, repeated; no tokens.
+# Inputs: independent; correlated with their neighbours; a few loud ones among many; fewer tokens than inputs; one
+# token, repeated; no tokens.
 KINDS = ("white", "correlated", "loud", "few tokens", "one token", "zeros")
 
 
@@ -31,11 +34,11 @@ def kernels_of(name: str) -> Kernels:
     """The kernels "torch" or "compiled"; under `make test` the latter have been built."""
     if name == "torch":
         return TorchKernels()
-    if not CompiledKernels.available():
+    if (library := native.library()) is None:
         if os.environ.get("LLAMA_CPP_BIN"):
             pytest.fail("the compiled search is not built: run make build")
         pytest.skip("the compiled search is not built: run make search")
-    return CompiledKernels()
+    return CpuKernels(library)
 
 
 def inputs_of(kind: str, tokens: int, k: int, seed: int) -> torch.Tensor:
@@ -57,8 +60,8 @@ def inputs_of(kind: str, tokens: int, k: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32))
 
 
-def moments_of(kind: str, b: int, k: int, seed: int = 0) -> torch.Tensor:
-    """Second moments float32 [B, K, K]; see KINDS."""
+def hessian_of(kind: str, b: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Hessians float32 [B, K, K] of inputs; see KINDS."""
     x = torch.stack([inputs_of(kind, 2 * k, k, seed + i) for i in range(b)])
     return x.mT @ x / x.shape[1]
 
@@ -72,7 +75,7 @@ def weights_of(b: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Truth:
-    """The metric of one matrix: h = g gᵀ float64 [K, K], g upper triangular."""
+    """The damped Hessian of one matrix: h = g gᵀ float64 [K, K], g upper triangular."""
 
     h: F64
     g: F64
@@ -90,21 +93,21 @@ class Truth:
         return u
 
 
-def truth_of(h: torch.Tensor, damping: float = 0.3) -> Truth:
-    """Of second moments [K, K]: scaled to mean diagonal 1 (zeros: the identity), damped and factored."""
+def truth_of(h: torch.Tensor, percdamp: float = 0.3) -> Truth:
+    """Of a Hessian [K, K]: scaled to mean diagonal 1 (zeros: the identity), damped and factored."""
     wide: F64 = h.double().numpy()
     level = np.trace(wide) / len(wide)
     wide = wide / level if level > 0 else np.eye(len(wide))
-    wide = wide + damping * np.eye(len(wide))
+    wide = wide + percdamp * np.eye(len(wide))
     lower = np.linalg.cholesky(np.linalg.inv(wide))  # H⁻¹ = L Lᵀ, so H = L⁻ᵀ L⁻¹
     g: F64 = np.linalg.inv(lower).T.astype(np.float64)
     return Truth(wide, g)
 
 
-def words_of(pool: tuple[tuple[int, int], ...], member: npt.NDArray[np.int32]) -> F64:
-    """The codewords of each row's map, member [N] -> [N, 256, 4]."""
-    books: F64 = np.stack([codebook(m, z) for m, z in pool]).astype(np.float64)
-    return books[member]
+def codewords_of(code_maps: tuple[tuple[int, int], ...], map_index: npt.NDArray[np.int32]) -> F64:
+    """The codewords of each row's map, map_index [N] -> [N, 256, 4]."""
+    codewords: F64 = np.stack([codebook(m, z) for m, z in code_maps]).astype(np.float64)
+    return codewords[map_index]
 
 
 def try_all(truth: Truth, w: F64, e: F64, group: int, book: tuple[F64, F64], codes: U8 | None) -> F64:  # noqa: PLR0917

@@ -21,7 +21,7 @@ pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
 import torch
 from ernie_gguf.quantize.model import Layer, Weights, embed, expert_hidden
-from ernie_gguf.quantize.text import calibration_chunks
+from ernie_gguf.quantize.text import calibration_sequences
 from torch.nn.functional import linear
 
 Experts = dict[str, torch.Tensor]  # [E, N, K] by GGUF name
@@ -40,7 +40,7 @@ def decoded(path: Path, experts: int) -> Experts:
 def inputs(
     weights: Weights, config: ErnieConfig, tokens: torch.Tensor, experts: Experts
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Second moments, float64, of what each matrix gets in the model with these experts; weighted as its result is."""
+    """The Hessians, float64, of each matrix's inputs in the model with these experts, weighted like its output."""
     x = embed(weights, tokens)
     for number in range(config.layers):
         layer = Layer(weights, config, number)
@@ -70,13 +70,13 @@ def test_no_matrix_is_worse_than_without_calibration(
     job = prepare(EXAMPLE, Outtype.F32)
     assert job.config.moe is not None
     mine, plain = (decoded(path, job.config.moe.experts) for path in (out, tiny_ccq2_gguf))
-    tokens = torch.from_numpy(calibration_chunks([text], EXAMPLE, job.config, 128, 10000).chunks).long()
+    tokens = torch.from_numpy(calibration_sequences([text], EXAMPLE, job.vocab, 128, 10000).sequences).long()
     ratios: dict[str, list[float]] = {}
     with ShardReader() as reader, torch.inference_mode():
         weights = Weights(job.plan, reader)
-        for name, expert, moments in inputs(weights, job.config, tokens, mine):
+        for name, expert, h in inputs(weights, job.config, tokens, mine):
             w = weights.expert(name, expert).double()
-            costs = [((e := w - other[name][expert]) @ moments * e).sum() for other in (mine, plain)]
+            costs = [((e := w - other[name][expert]) @ h * e).sum() for other in (mine, plain)]
             ratios.setdefault(name, []).append(float(costs[0] / costs[1]))
     assert [len(each) for each in ratios.values()] == [job.config.moe.experts] * 6
     assert max(max(each) for each in ratios.values()) < 1

@@ -56,15 +56,15 @@ def test_what_is_said_on_the_way(quantize: Quantize, small: Path, tmp_path: Path
     done = quantize(small, tmp_path / "out.gguf")
     about, needs, little, *layers = done.err.splitlines()
     assert re.fullmatch(
-        r"3 layers, 4 experts; of [\d,]+ tokens of text \d sequences of 128, about \d{3} tokens per expert", about
+        r"3 layers, 4 experts; \d sequences of 128 tokens from a text of [\d,]+, about \d{3} tokens per expert", about
     )
     assert needs.startswith("needs about ")
     assert needs.endswith("; device cpu, threads 1")
-    assert little == "note: that is little text; some 20,000 tokens per expert are a good measure"
+    assert little == "note: this is a short text; aim for 20,000 tokens per expert"
     assert [line.split(":")[0] for line in layers] == ["layer 1/2", "layer 2/2"]
     table = done.out.splitlines()
     assert table[0].split()[:7] == ["layer", "projection", "error", "metric", "error", "plain", "ratio"]
-    assert "Worse than with the plain encoder: none of 24 expert matrices." in table
+    assert "Expert matrices worse than with the plain encoder: none of 24." in table
     assert table[-1].startswith(f"{tmp_path / 'out.gguf'}: ")
 
 
@@ -82,7 +82,7 @@ def test_json(quantize: Quantize, small: Path, tmp_path: Path) -> None:
 def test_dry_run_writes_nothing(quantize: Quantize, small: Path, tmp_path: Path) -> None:
     done = quantize(small, tmp_path / "out.gguf", "--dry-run", "--report", tmp_path / "report")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("3 layers, 4 experts; of ")
+    assert done.out.startswith("3 layers, 4 experts; ")
     done = quantize(small, tmp_path / "out.gguf", "--dry-run", "--json")
     plan = json.loads(done.out)
     assert (plan["layers"], plan["layers_done"], plan["experts"]) == (3, 0, 4)

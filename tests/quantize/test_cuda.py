@@ -17,17 +17,19 @@ from ernie_gguf.convert import prepare  # noqa: E402
 from ernie_gguf.gguf_file.outtype import Outtype  # noqa: E402
 from ernie_gguf.gguf_file.reader import read_gguf  # noqa: E402
 from ernie_gguf.quantize.encoder import Pipeline  # noqa: E402
-from ernie_gguf.quantize.kernels import TorchKernels, kernels_for, make_books  # noqa: E402
+from ernie_gguf.quantize.kernels import make_codebooks  # noqa: E402
+from ernie_gguf.quantize.kernels_torch import TorchKernels  # noqa: E402
 from ernie_gguf.quantize.kernels_triton import TritonKernels  # noqa: E402
-from ernie_gguf.quantize.run import quantize  # noqa: E402
-from ernie_gguf.quantize.settings import Settings  # noqa: E402
-from ernie_gguf.quantize.text import calibration_chunks  # noqa: E402
+from ernie_gguf.quantize.run import run_quantize  # noqa: E402
+from ernie_gguf.quantize.settings import Settings, kernels_for  # noqa: E402
+from ernie_gguf.quantize.text import calibration_sequences  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_triton_is_taken() -> None:
-    assert type(kernels_for("cuda")).__name__ == "TritonKernels"
+    kernels, note = kernels_for("cuda")
+    assert (type(kernels).__name__, note) == ("TritonKernels", "")
 
 
 @pytest.mark.parametrize("n", [16, 48, 64, 160])
@@ -35,15 +37,15 @@ def test_the_search_is_that_of_torch(n: int) -> None:
     torch.manual_seed(n)
     y = torch.randn(3, 4, n, device="cuda")
     tables = torch.randn(3, 2, 16, 256, 5, device="cuda")[:, :, 7]
-    member = torch.randint(2, (3, n // 16), dtype=torch.int32, device="cuda")
-    assert torch.equal(TritonKernels().search(y, tables, member), TorchKernels().search(y, tables, member))
+    map_index = torch.randint(2, (3, n // 16), dtype=torch.int32, device="cuda")
+    assert torch.equal(TritonKernels().search(y, tables, map_index), TorchKernels().search(y, tables, map_index))
 
 
 def test_of_equal_scores_the_lowest_byte_wins() -> None:
     tables = torch.ones(1, 1, 256, 5, device="cuda")
     tables[:, :, 3:6] = 2
-    y, member = torch.ones(1, 4, 16, device="cuda"), torch.zeros(1, 1, dtype=torch.int32, device="cuda")
-    assert TritonKernels().search(y, tables, member).tolist() == [[3] * 16]
+    y, map_index = torch.ones(1, 4, 16, device="cuda"), torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    assert TritonKernels().search(y, tables, map_index).tolist() == [[3] * 16]
 
 
 def test_matrices_cost_the_same_as_on_the_cpu() -> None:
@@ -52,7 +54,7 @@ def test_matrices_cost_the_same_as_on_the_cpu() -> None:
     w, h = torch.randn(2, 64, 512), (x.T @ x).expand(2, -1, -1)
     costs = {}
     for device in ("cpu", "cuda"):
-        pipeline = Pipeline(make_books(CODE_MAPS[:4], device), kernels_for(device))
+        pipeline = Pipeline(make_codebooks(CODE_MAPS[:4], device), kernels_for(device)[0])
         costs[device] = pipeline.encode(w.to(device), h.to(device)).cost.sum().item()
     assert costs["cuda"] == pytest.approx(costs["cpu"], rel=1e-3)  # near ties fall differently
 
@@ -60,12 +62,13 @@ def test_matrices_cost_the_same_as_on_the_cpu() -> None:
 def test_a_whole_model(tmp_path: Path) -> None:
     tiny = ROOT / "examples" / "ernie-tiny"
     job = prepare(tiny, Outtype.CCQ2)
-    text = calibration_chunks([ROOT / "README.md", ROOT / "docs" / "formats.md"], tiny, job.config, 256, 8192)
+    text = calibration_sequences([ROOT / "README.md", ROOT / "docs" / "formats.md"], tiny, job.vocab, 256, 8192)
     errors, data = {}, {}
     for name, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
         path = tmp_path / f"{name}.gguf"
         settings = Settings(device, 2, maps=2)
-        result = quantize(job, text, settings, path, overwrite=False, restart=False, listen=lambda _: None)
+        kernels, _ = kernels_for(device)
+        result = run_quantize(job, text, settings, kernels, path, overwrite=False, restart=False, listen=lambda _: None)
         errors[name] = sum(stats.metric_error for stats in result.matrices)
         data[name] = path.read_bytes()
     assert data["one"] == data["two"]

@@ -1,4 +1,4 @@
-"""The calibrated encoder as a whole: what it promises of any matrix, any second moments, and their rows' bytes."""
+"""The calibrated encoder as a whole: what it promises of any matrix, any inputs, and their rows' bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): 
 import torch
 from ernie_gguf.ccq2.rows import dequantize_rows, unpack_rows
 from ernie_gguf.quantize.encoder import Encoded, Pipeline, _inverse_order, _lane_order
-from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, TorchKernels, make_books
-from ernie_gguf.quantize.metric import GroupMetric
+from ernie_gguf.quantize.hessian import GroupHessian
+from ernie_gguf.quantize.kernels import Codebooks, Kernels, RowGroup, make_codebooks
+from ernie_gguf.quantize.kernels_torch import TorchKernels
+from ernie_gguf.quantize.settings import PERCDAMP
 
-from quantize.problems import F64, KERNELS, KINDS, THREE_MAPS, kernels_of, moments_of, truth_of, weights_of
+from quantize.problems import F64, KERNELS, KINDS, THREE_MAPS, hessian_of, kernels_of, truth_of, weights_of
 
 K = 256
-DAMPING = 0.3
 
 
-def pipeline(maps: int = 3, passes: int = 5, kernels: Kernels | None = None, damping: float = DAMPING) -> Pipeline:
-    return Pipeline(make_books(THREE_MAPS[:maps]), kernels or TorchKernels(), passes, damping)
+def pipeline(maps: int = 3, passes: int = 5, kernels: Kernels | None = None, percdamp: float = PERCDAMP) -> Pipeline:
+    return Pipeline(make_codebooks(THREE_MAPS[:maps]), kernels or TorchKernels(), passes, percdamp)
 
 
 def errors(w: torch.Tensor, encoded: Encoded) -> F64:
@@ -33,9 +34,9 @@ def errors(w: torch.Tensor, encoded: Encoded) -> F64:
     return e
 
 
-def row_costs(w: torch.Tensor, h: torch.Tensor, encoded: Encoded, damping: float = DAMPING) -> F64:
+def row_costs(w: torch.Tensor, h: torch.Tensor, encoded: Encoded, percdamp: float = PERCDAMP) -> F64:
     """E H Eᵀ of every row [B, N], of the bytes, in the damped metric."""
-    costs: F64 = np.stack([truth_of(m, damping).cost(e) for m, e in zip(h, errors(w, encoded), strict=True)])
+    costs: F64 = np.stack([truth_of(m, percdamp).cost(e) for m, e in zip(h, errors(w, encoded), strict=True)])
     return costs
 
 
@@ -52,9 +53,9 @@ class Watched(TorchKernels):
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def feedback_group(
-        self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+        self, rows: RowGroup, target: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
-        super().feedback_group(rows, target, metric, books, cost)
+        super().feedback_group(rows, target, hessian, codebooks, cost)
         self.keep(rows, cost)
 
     def keep(self, rows: RowGroup, cost: torch.Tensor) -> None:
@@ -72,16 +73,16 @@ class FeedsBackTheTarget(Watched):
     """The known mistake: what is fed back is t - Ŵ, and not W - Ŵ."""
 
     def feedback_group(
-        self, rows: RowGroup, target: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+        self, rows: RowGroup, target: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
-        TorchKernels.feedback_group(self, replace(rows, w=target), target, metric, books, cost)
+        TorchKernels.feedback_group(self, replace(rows, w=target), target, hessian, codebooks, cost)
         value = target - rows.e
         self.keep(replace(rows, e=rows.w - value), cost)
 
 
 def feedback_costs(kernels: Watched, kind: str) -> tuple[F64, F64]:
     """The summed costs of the feedback, and E H Eᵀ; weights of size 1, so that no row is scaled."""
-    w, h = weights_of(2, 32, K, seed=1), moments_of(kind, 2, K, seed=2)
+    w, h = weights_of(2, 32, K, seed=1), hessian_of(kind, 2, K, seed=2)
     w *= 0.75 / w.abs().amax(2, keepdim=True)
     pipeline(maps=1, passes=0, kernels=kernels).encode(w, h)
     e, cost = kernels.last()
@@ -103,7 +104,7 @@ def test_feeding_back_the_error_against_the_target_is_found_out(kind: str) -> No
 @pytest.mark.parametrize("kind", ["correlated", "loud", "few tokens", "one token"])
 def test_each_part_of_the_method_helps(kind: str) -> None:
     """Sums over the rows: plain, error feedback, five passes of descent, three code maps instead of one."""
-    w, h = weights_of(1, 64, K, seed=3), moments_of(kind, 1, K, seed=4)
+    w, h = weights_of(1, 64, K, seed=3), hessian_of(kind, 1, K, seed=4)
     eye = torch.eye(K)[None]
     plain = row_costs(w, h, pipeline(1, 0).encode(w, eye)).sum()
     fed = row_costs(w, h, pipeline(1, 0).encode(w, h)).sum()
@@ -117,7 +118,7 @@ def test_each_part_of_the_method_helps(kind: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_row_is_worse_than_with_the_plain_encoder(kind: str, name: str) -> None:
-    w, h = weights_of(1, 64, K, seed=5), moments_of(kind, 1, K, seed=6)
+    w, h = weights_of(1, 64, K, seed=5), hessian_of(kind, 1, K, seed=6)
     found = row_costs(w, h, pipeline(kernels=kernels_of(name)).encode(w, h))
     plain = truth_of(h[0]).cost(w[0].double().numpy() - dequantize_rows(plain_bytes(w)[0], K))
     assert (found <= plain * (1 + 1e-4)).all()
@@ -127,16 +128,16 @@ class Spoils(TorchKernels):
     """A descent after which half of the rows are far off."""
 
     def descend_group(
-        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+        self, rows: RowGroup, eh: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
-        super().descend_group(rows, p, metric, books, cost)
+        super().descend_group(rows, eh, hessian, codebooks, cost)
         half = slice(0, rows.w.shape[2] // 2)
         rows.e[:, :, half] = 10 * rows.w[:, :, half]
         cost[:, half] += 1e6
 
 
 def test_a_row_on_which_the_plain_encoder_does_better_is_taken_from_there() -> None:
-    w, h = weights_of(2, 32, K), moments_of("correlated", 2, K)
+    w, h = weights_of(2, 32, K), hessian_of("correlated", 2, K)
     found = pipeline(maps=1, kernels=Spoils()).encode(w, h)
     for data, plain, value in zip(found.data, plain_bytes(w), found.value, strict=True):
         same = (data == plain)[:, 16:].all(1)  # codes and scales; d is rounded differently
@@ -146,7 +147,7 @@ def test_a_row_on_which_the_plain_encoder_does_better_is_taken_from_there() -> N
 
 
 def test_the_plain_encoder_of_gaussian_weights() -> None:
-    """.109 by the first code map, +.003 by the half shrink fix; d by least squares would be .107."""
+    """.109 by the first code map, +.003 by the scale correction; d by least squares would be .107."""
     w = torch.randn(1, 64, 1024, generator=torch.Generator().manual_seed(0))
     (data,) = plain_bytes(w)
     e = w[0].double().numpy() - dequantize_rows(data, 1024)
@@ -156,7 +157,7 @@ def test_the_plain_encoder_of_gaussian_weights() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_rows_decode_to_the_value(name: str) -> None:
-    w, h = weights_of(2, 48, 512, seed=7), moments_of("correlated", 2, 512, seed=8)
+    w, h = weights_of(2, 48, 512, seed=7), hessian_of("correlated", 2, 512, seed=8)
     encoded = pipeline(kernels=kernels_of(name)).encode(w, h)
     for data, value in zip(encoded.data, encoded.value, strict=True):
         assert data.shape == (48, 160)  # 16 of header, 128 codes, 16 of scales
@@ -172,7 +173,7 @@ def test_measured_errors_are_those_of_the_bytes(kind: str) -> None:
 
     "aligned": inputs with a large mean, weights that are all positive; W H Wᵀ is ten thousand times E H Eᵀ.
     """
-    w, h = weights_of(2, 32, K, seed=9), moments_of("white" if kind == "aligned" else kind, 2, K, seed=10)
+    w, h = weights_of(2, 32, K, seed=9), hessian_of("white" if kind == "aligned" else kind, 2, K, seed=10)
     if kind == "aligned":
         w, h = w + 0.03, h + 30
     encoded = pipeline().encode(w, h)
@@ -190,7 +191,7 @@ def test_measured_errors_are_those_of_the_bytes(kind: str) -> None:
 
 
 def test_scales_are_counted() -> None:
-    w, h = weights_of(2, 32, K), moments_of("correlated", 2, K)
+    w, h = weights_of(2, 32, K), hessian_of("correlated", 2, K)
     w[1, :, 64:128] = 0
     w[1, 20] = 0
     encoded = pipeline().encode(w, h)
@@ -203,9 +204,9 @@ def test_scales_are_counted() -> None:
     assert encoded.measure(1, 20, 21).scales == (4, *[0] * 15)
 
 
-def test_half_of_the_shrinkage_remains() -> None:
+def test_scale_correction_leaves_half_of_the_shrinkage() -> None:
     """The slope (W H Ŵᵀ)/(W H Wᵀ) becomes its square root."""
-    w, h = weights_of(1, 64, K, seed=11), moments_of("correlated", 1, K, seed=12)
+    w, h = weights_of(1, 64, K, seed=11), hessian_of("correlated", 1, K, seed=12)
     w *= 0.75 / w.abs().amax(2, keepdim=True)  # so that no row is scaled
     watched = Watched()
     encoded = pipeline(maps=1, passes=0, kernels=watched).encode(w, h)
@@ -229,15 +230,15 @@ class WatchedDescent(TorchKernels):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def descend_group(
-        self, rows: RowGroup, p: torch.Tensor, metric: GroupMetric, books: Books, cost: torch.Tensor
+        self, rows: RowGroup, eh: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
         self.seen.append((rows.w.clone(), rows.e.clone()))
-        super().descend_group(rows, p, metric, books, cost)
+        super().descend_group(rows, eh, hessian, codebooks, cost)
 
 
 def test_super_scales_are_refitted_before_each_pass() -> None:
-    """By least squares in the metric: what is left is at right angles to the value, Ŵ H Eᵀ = 0."""
-    w, h = weights_of(1, 32, K, seed=15), moments_of("correlated", 1, K, seed=16)
+    """By least squares: the error is orthogonal to the value, Ŵ H Eᵀ = 0."""
+    w, h = weights_of(1, 32, K, seed=15), hessian_of("correlated", 1, K, seed=16)
     watched = WatchedDescent()
     pipeline(maps=1, passes=3, kernels=watched).encode(w, h)
     assert len(watched.seen) == 3 * K // 64
@@ -248,7 +249,7 @@ def test_super_scales_are_refitted_before_each_pass() -> None:
 
 
 def test_a_power_of_two_changes_super_scales_alone() -> None:
-    w, h = weights_of(1, 32, K), moments_of("loud", 1, K)
+    w, h = weights_of(1, 32, K), hessian_of("loud", 1, K)
     size = (2.0 ** torch.arange(-16, 16))[:, None]
     (found,), (scaled,) = (pipeline().encode(each, h).data for each in (w, w * size))
     assert np.array_equal(found[:, :8], scaled[:, :8])  # M, Z
@@ -260,7 +261,7 @@ def test_a_power_of_two_changes_super_scales_alone() -> None:
 @pytest.mark.parametrize("size", [1e38, -1e38, 1e25, 1e-25, 1e-38])
 def test_rows_at_the_ends_of_float32(size: float, name: str) -> None:
     """Beside others they are encoded as well as at any size."""
-    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w, h = weights_of(1, 16, K), hessian_of("correlated", 1, K)
     w[0, 3:5] *= np.sign(size) / w[0, 3:5].abs().amax(1, keepdim=True)
     usual = errors(w, pipeline().encode(w, h))[0, 3:5]
     w[0, 3:5] *= abs(size)
@@ -276,7 +277,7 @@ def test_rows_at_the_ends_of_float32(size: float, name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_zeros(name: str) -> None:
     """A row of zeros has d = 0, a group of zeros scale 0, and the codes of both are 0; the error of zeros is 0."""
-    w, h = weights_of(2, 32, K), moments_of("zeros", 2, K)
+    w, h = weights_of(2, 32, K), hessian_of("zeros", 2, K)
     w[0, 7] = 0
     w[0, 9, :64] = 0
     w[1] = 0
@@ -297,14 +298,14 @@ def test_a_quiet_group_beside_a_loud_one() -> None:
     w = weights_of(1, 16, K)
     w[0, :, 64:128] *= 1e-5
     for kind, silent in (("zeros", True), ("correlated", False)):
-        encoded = pipeline().encode(w, moments_of(kind, 1, K))
+        encoded = pipeline().encode(w, hessian_of(kind, 1, K))
         assert unpack_rows(encoded.data[0], K).scales[:, 1].any() != silent
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_matrices_do_not_see_each_other(name: str) -> None:
     """A matrix beside others, with other maps and zeros, and alone: a row may differ where bytes cost the same."""
-    w, h = weights_of(3, 48, K, seed=13), torch.cat([moments_of(kind, 1, K) for kind in ("loud", "zeros", "one token")])
+    w, h = weights_of(3, 48, K, seed=13), torch.cat([hessian_of(kind, 1, K) for kind in ("loud", "zeros", "one token")])
     w[1, :20] = 0
     together = pipeline(kernels=kernels_of(name)).encode(w, h)
     for b in range(3):
@@ -318,23 +319,23 @@ def test_matrices_do_not_see_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_input_gives_the_same_bytes(name: str) -> None:
-    w, h = weights_of(2, 32, K), moments_of("few tokens", 2, K)
+    w, h = weights_of(2, 32, K), hessian_of("few tokens", 2, K)
     first, second = (pipeline(kernels=kernels_of(name)).encode(w, h) for _ in range(2))
     assert [data.tobytes() for data in first.data] == [data.tobytes() for data in second.data]
 
 
 def test_inputs_are_not_written_to() -> None:
-    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w, h = weights_of(1, 16, K), hessian_of("correlated", 1, K)
     before = w.clone(), h.clone()
     pipeline().encode(w, h)
     assert torch.equal(w, before[0])
     assert torch.equal(h, before[1])
 
 
-def test_damping_is_a_setting() -> None:
-    """With much of it the metric is squared error: errors grow in the metric and shrink without it."""
-    w, h = weights_of(1, 64, K), moments_of("loud", 1, K)
-    little, much = (pipeline(damping=damping).encode(w, h).measure(0, 0, 64) for damping in (0.1, 100))
+def test_percdamp_is_a_setting() -> None:
+    """With much of it the cost is close to squared error: that shrinks, and the error in the metric grows."""
+    w, h = weights_of(1, 64, K), hessian_of("loud", 1, K)
+    little, much = (pipeline(percdamp=percdamp).encode(w, h).measure(0, 0, 64) for percdamp in (0.1, 100))
     assert little.metric_error < 0.9 * much.metric_error
     assert much.error < 0.9 * little.error
 
@@ -349,9 +350,9 @@ def test_lanes_share_a_map_and_every_row_has_one() -> None:
     order, blocks = _lane_order(few.int(), 5)
     assert blocks.dtype == torch.int32
     assert order.shape == (5, 16 * blocks.shape[1])
-    for member, rows, maps in zip(few, order, blocks, strict=True):
+    for map_index, rows, maps in zip(few, order, blocks, strict=True):
         assert sorted(set(rows.tolist())) == list(range(48))
-        assert torch.equal(member[rows], maps.repeat_interleave(16).long())
+        assert torch.equal(map_index[rows], maps.repeat_interleave(16).long())
     back = _inverse_order(order, 48)
     assert torch.equal(order.gather(1, back), torch.arange(48).expand(5, -1))
 
@@ -364,7 +365,7 @@ def test_rows_are_not_repeated_without_need() -> None:
 
 @pytest.mark.parametrize("size", [3e38, 1.75e38])
 def test_the_largest_rows_are_encoded_too(size: float) -> None:
-    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w, h = weights_of(1, 16, K), hessian_of("correlated", 1, K)
     w[0, 3] = w[0, 3] / w[0, 3].abs().amax() * size
     got = dequantize_rows(pipeline().encode(w, h).data[0], K)[3] / size
     want = w[0, 3].numpy() / size
@@ -372,7 +373,7 @@ def test_the_largest_rows_are_encoded_too(size: float) -> None:
 
 
 def test_no_row_decodes_to_infinity() -> None:
-    w, h = torch.full((1, 16, K), 3.4e38), moments_of("correlated", 1, K)
+    w, h = torch.full((1, 16, K), 3.4e38), hessian_of("correlated", 1, K)
     encoded = pipeline().encode(w, h)
     got = dequantize_rows(encoded.data[0], K)
     assert np.isfinite(got).all()
@@ -381,7 +382,7 @@ def test_no_row_decodes_to_infinity() -> None:
 
 @pytest.mark.parametrize("size", [1e38, 1e25, 1e-25, 1e-38])
 def test_errors_do_not_depend_on_the_size_of_the_weights(size: float) -> None:
-    w, h = weights_of(1, 16, K), moments_of("correlated", 1, K)
+    w, h = weights_of(1, 16, K), hessian_of("correlated", 1, K)
     w /= w.abs().amax()
     want, found = (pipeline().encode(each, h).measure(0, 0, 16) for each in (w, w * size))
     for name in ("error", "metric_error", "plain_metric_error"):

@@ -1,4 +1,4 @@
-"""The experts of a layer: their moments, what is said of damaged ones, and what they give to the layer."""
+"""The experts of a layer: their Hessians, the errors for damaged ones, and what they add to the layer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): 
 
 import torch
 from ernie_gguf.ccq2.rows import dequantize_rows, unpack_rows
-from ernie_gguf.errors import EncodeError
+from ernie_gguf.errors import ActivationError, EncodeError
 from ernie_gguf.quantize.encoder import Encoded, Pipeline
 from ernie_gguf.quantize.experts import (
-    LEAN_BELOW,
-    LEAN_TOKENS,
+    ENOUGH_TOKENS,
+    PRIOR_TOKENS,
     SAMPLE,
-    ActivationError,
     EncodedExpert,
     ExpertEncoder,
     LayerInput,
-    moments,
+    hessian,
 )
-from ernie_gguf.quantize.kernels import CompiledKernels, TorchKernels, make_books
+from ernie_gguf.quantize.kernels import make_codebooks
 from ernie_gguf.quantize.model import Weights
+from ernie_gguf.quantize.settings import kernels_for
 
 from quantize.problems import F64, THREE_MAPS, inputs_of, weights_of
 
@@ -62,8 +62,8 @@ def inputs() -> LayerInput:
 
 
 def encoder(matrices: Matrices, inputs: LayerInput) -> ExpertEncoder:
-    kernels = CompiledKernels() if CompiledKernels.available() else TorchKernels()  # the one is fast, the other there
-    return ExpertEncoder(matrices, LAYER, inputs, Pipeline(make_books(THREE_MAPS[:2]), kernels, passes=1))
+    kernels, _ = kernels_for("cpu")
+    return ExpertEncoder(matrices, LAYER, inputs, Pipeline(make_codebooks(THREE_MAPS[:2]), kernels, passes=1))
 
 
 def encode(matrices: Matrices, inputs: LayerInput, *experts: int) -> list[EncodedExpert]:
@@ -94,29 +94,29 @@ def test_the_sample_is_spread_over_all_tokens(tokens: int, step: int) -> None:
     assert inputs.sample()[:, 0].tolist() == list(range(0, tokens, step))
 
 
-def test_moments_by_hand() -> None:
+def test_hessian_by_hand() -> None:
     """Two tokens of weights 1/2 and 1/4; the sample's average counts as 1024 tokens of their mean weight 3/8."""
     x, share = torch.tensor([[2.0, 0.0], [4.0, 4.0]]), torch.tensor([0.5, 0.25])
     sample = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])  # its average is I/2
-    assert moments(x, share, sample).tolist() == [[2 + 4 + 192, 4.0], [4.0, 4 + 192]]
+    assert hessian(x, share, sample).tolist() == [[2 + 4 + 192, 4.0], [4.0, 4 + 192]]
 
 
 def test_a_dead_expert_has_the_average_alone() -> None:
     sample = inputs_of("correlated", 500, 64, 0)
-    found = moments(sample[:0], torch.zeros(0), sample)
+    found = hessian(sample[:0], torch.zeros(0), sample)
     assert found.numpy() == pytest.approx((1024 * average(sample)).numpy(), rel=1e-4, abs=4e-3)
 
 
-def test_few_tokens_lean_on_the_average_many_do_not() -> None:
-    """The nearer to their own average, the more they are; from LEAN_BELOW on the sample does not count at all."""
-    own, sample = inputs_of("correlated", LEAN_BELOW, 64, 0), inputs_of("loud", 500, 64, 1)
+def test_few_tokens_blend_with_the_average_many_do_not() -> None:
+    """The more tokens, the nearer to their own average; from ENOUGH_TOKENS on the sample does not count at all."""
+    own, sample = inputs_of("correlated", ENOUGH_TOKENS, 64, 0), inputs_of("loud", 500, 64, 1)
 
     def distances(n: int) -> tuple[float, float]:
-        every = moments(own[:n], torch.ones(n), sample), average(own), average(sample)
+        every = hessian(own[:n], torch.ones(n), sample), average(own), average(sample)
         found, near, far = (each / each.trace() for each in every)
         return float((found - near).norm()), float((found - far).norm())
 
-    by_count = [distances(n) for n in (0, 32, LEAN_TOKENS, 2048, LEAN_BELOW - 1, LEAN_BELOW)]
+    by_count = [distances(n) for n in (0, 32, PRIOR_TOKENS, 2048, ENOUGH_TOKENS - 1, ENOUGH_TOKENS)]
     assert [mine for mine, _ in by_count] == sorted((mine for mine, _ in by_count), reverse=True)
     assert [theirs for _, theirs in by_count] == sorted(theirs for _, theirs in by_count)
     assert by_count[0][1] < 1e-6
@@ -125,13 +125,13 @@ def test_few_tokens_lean_on_the_average_many_do_not() -> None:
 
 
 def test_shares_weigh() -> None:
-    """A token of twice the weight counts as two, and only ratios matter to the lean."""
+    """A token of twice the weight counts as two, and only ratios matter when blending."""
     x, sample = inputs_of("correlated", 50, 64, 0), inputs_of("white", 50, 64, 1)
-    doubled = moments(torch.cat([x, x[:10]]), torch.ones(60), sample[:0].new_zeros(1, 64))
-    weighed = moments(x, torch.tensor([2.0] * 10 + [1.0] * 40), sample[:0].new_zeros(1, 64))
+    doubled = hessian(torch.cat([x, x[:10]]), torch.ones(60), sample[:0].new_zeros(1, 64))
+    weighed = hessian(x, torch.tensor([2.0] * 10 + [1.0] * 40), sample[:0].new_zeros(1, 64))
     assert weighed.numpy() == pytest.approx(doubled.numpy(), rel=1e-4, abs=1e-3)
-    halved = moments(x, torch.full((50,), 0.5), sample)
-    assert (2 * halved).numpy() == pytest.approx(moments(x, torch.ones(50), sample).numpy(), rel=1e-5)
+    halved = hessian(x, torch.full((50,), 0.5), sample)
+    assert (2 * halved).numpy() == pytest.approx(hessian(x, torch.ones(50), sample).numpy(), rel=1e-5)
 
 
 def decoded(expert: EncodedExpert) -> tuple[F64, F64, F64]:
@@ -188,8 +188,8 @@ def test_down_is_measured_by_what_the_encoded_gate_and_up_give(
     gate, up, _ = decoded(found)
     hidden = torch.from_numpy(hidden_of(h.numpy(), gate, up))
     bare = torch.from_numpy(hidden_of(h.numpy(), *(matrices.of[name][1].double().numpy() for name in ("gate", "up"))))
-    assert outer == pytest.approx(moments(h[tokens], share, h).numpy(), rel=1e-4, abs=1e-2)
-    want, unwanted = (moments(each[tokens], share, each).numpy() for each in (hidden, bare))
+    assert outer == pytest.approx(hessian(h[tokens], share, h).numpy(), rel=1e-4, abs=1e-2)
+    want, unwanted = (hessian(each[tokens], share, each).numpy() for each in (hidden, bare))
     assert np.abs(inner - want).max() < 1e-4 * want.max()
     assert np.abs(inner - unwanted).max() > 1e-2 * want.max()
 
@@ -208,7 +208,7 @@ def test_statistics(matrices: Matrices, inputs: LayerInput) -> None:
 
 
 def test_a_dead_expert_is_encoded_and_gives_nothing(matrices: Matrices, inputs: LayerInput) -> None:
-    """In the metric of the layer's average: better there than by squared error."""
+    """By the Hessian of the layer's average: better there than by squared error."""
     (found,) = encode(matrices, inputs, 3)
     assert found.tokens.tolist() == []
     assert found.y.shape == (0, HIDDEN)

@@ -1,4 +1,4 @@
-"""The inner loops, both of them: groups typed by hand, then every choice against all 256 in float64."""
+"""The inner loops, in torch and compiled: groups typed by hand, then every choice against all 256 in float64."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the encoder needs it")
 
 import torch
-from ernie_gguf.quantize.kernels import Books, Kernels, RowGroup, TorchKernels, kernels_for, make_books
-from ernie_gguf.quantize.metric import GroupMetric, Metric, make_metric, plain_metric
+from ernie_gguf.ccq2 import native
+from ernie_gguf.quantize.hessian import GroupHessian, Hessian, factor, identity
+from ernie_gguf.quantize.kernels import Codebooks, Kernels, RowGroup, make_codebooks
+from ernie_gguf.quantize.kernels_torch import TorchKernels
+from ernie_gguf.quantize.settings import PERCDAMP, kernels_for
 
 from quantize.problems import (
     F64,
@@ -20,12 +23,12 @@ from quantize.problems import (
     KINDS,
     THREE_MAPS,
     Truth,
+    codewords_of,
+    hessian_of,
     kernels_of,
-    moments_of,
     truth_of,
     try_all,
     weights_of,
-    words_of,
 )
 
 # Codewords of the first map: b*M + Z, its upper 15 bits, windows of 6 bits, minus 32.
@@ -40,10 +43,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows under work: w, e [B, K, N], d, cost [B, N], codes [B, K/4, N], scales [B, K/64, N], member [B, N/16]."""
+    """Rows under work: w, e [B, K, N], d, cost [B, N], codes [B, K/4, N], scales [B, K/64, N], map_index [B, N/16]."""
 
-    metric: Metric
-    books: Books
+    hessian: Hessian
+    codebooks: Codebooks
     truths: list[Truth]
     w: torch.Tensor
     e: torch.Tensor
@@ -51,7 +54,7 @@ class Problem:
     cost: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
-    member: torch.Tensor
+    map_index: torch.Tensor
 
     @property
     def groups(self) -> int:
@@ -59,22 +62,22 @@ class Problem:
 
     def views(self, group: int) -> RowGroup:
         here, quads = slice(64 * group, 64 * (group + 1)), slice(16 * group, 16 * (group + 1))
-        parts = self.w[:, here], self.e[:, here], self.d, self.codes[:, quads], self.scales[:, group], self.member
+        parts = self.w[:, here], self.e[:, here], self.d, self.codes[:, quads], self.scales[:, group], self.map_index
         return RowGroup(*parts)
 
     def feed_back(self, kernels: Kernels, group: int) -> None:
         here = slice(64 * group, 64 * (group + 1))
-        target = self.w[:, here] + self.metric.feed[:, : here.start, here].mT @ self.e[:, : here.start]
-        kernels.feedback_group(self.views(group), target, self.metric.group(group), self.books, self.cost)
+        target = self.w[:, here] + self.hessian.feedback[:, : here.start, here].mT @ self.e[:, : here.start]
+        kernels.feedback_group(self.views(group), target, self.hessian.group(group), self.codebooks, self.cost)
 
     def descend(self, kernels: Kernels, group: int) -> None:
-        p = self.metric.h[:, 64 * group : 64 * (group + 1)] @ self.e
-        kernels.descend_group(self.views(group), p, self.metric.group(group), self.books, self.cost)
+        eh = self.hessian.h[:, 64 * group : 64 * (group + 1)] @ self.e
+        kernels.descend_group(self.views(group), eh, self.hessian.group(group), self.codebooks, self.cost)
 
     def words(self, b: int) -> F64:
         """Of each row of a matrix [N, 256, 4]."""
-        maps = tuple((int(m), int(z)) for m, z in self.books.maps)
-        return words_of(maps, self.member[b].numpy().repeat(16))
+        maps = tuple((int(m), int(z)) for m, z in self.codebooks.code_maps)
+        return codewords_of(maps, self.map_index[b].numpy().repeat(16))
 
     def true_costs(self) -> F64:
         """E H Eᵀ [B, N]; E from codes, scales and d, not from e."""
@@ -94,15 +97,15 @@ class Problem:
 
 
 def pose(w: torch.Tensor, h: torch.Tensor, pool: tuple[tuple[int, int], ...] = THREE_MAPS) -> Problem:
-    """Rows [B, N, K] not encoded yet; their lane blocks take turns with the maps.
+    """Rows [B, N, K] not encoded yet; their lane blocks alternate between the maps.
 
     The loudest group's scale is first guessed at 13.6: the product's 13.5 may be rounded up or down.
     """
     b, n, k = w.shape
     d = w.unflatten(2, (-1, 64)).square().mean(3).sqrt().amax(2) / 16.5 / 13.6
     return Problem(
-        metric=make_metric(h),
-        books=make_books(pool),
+        hessian=factor(h, PERCDAMP),
+        codebooks=make_codebooks(pool),
         truths=[truth_of(each) for each in h],
         w=w.mT.contiguous(),
         e=w.mT.contiguous(),
@@ -110,7 +113,7 @@ def pose(w: torch.Tensor, h: torch.Tensor, pool: tuple[tuple[int, int], ...] = T
         cost=torch.zeros(b, n),
         codes=torch.zeros(b, k // 4, n, dtype=torch.uint8),
         scales=torch.zeros(b, k // 64, n, dtype=torch.uint8),
-        member=(torch.arange(b * n // 16, dtype=torch.int32) % len(pool)).reshape(b, n // 16),
+        map_index=(torch.arange(b * n // 16, dtype=torch.int32) % len(pool)).reshape(b, n // 16),
     )
 
 
@@ -125,15 +128,15 @@ def pose_by_hand(row: torch.Tensor, d: float) -> Problem:
     return problem
 
 
-def plain() -> GroupMetric:
-    return plain_metric(1, torch.device("cpu"))
+def plain() -> GroupHessian:
+    return identity(1, torch.device("cpu"))
 
 
 BYTES = [0, 255, 128, 183]
 
 
 def test_codewords_by_hand() -> None:
-    words = make_books(THREE_MAPS).words[0]
+    words = make_codebooks(THREE_MAPS).codewords[0]
     assert {code: words[code].tolist() for code in WORDS} == WORDS
 
 
@@ -141,7 +144,7 @@ def test_a_group_of_codewords_by_hand(kernels: Kernels) -> None:
     """w = 4 * 0.5 * v: rms / (16.5 d) = 4.1, so scale 4 is tried; it is exact."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0), d=0.5)
     problem.cost.fill_(7.0)
-    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.books, problem.cost)
+    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [4] * 16
     assert problem.codes[0, :, 3].tolist() == BYTES * 4
     assert problem.e.abs().max() == 0
@@ -154,7 +157,7 @@ def test_a_rounding_error_by_hand(kernels: Kernels) -> None:
     row[5] += 1.5
     row[63] -= 2.0
     problem = pose_by_hand(row, d=0.5)
-    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.books, problem.cost)
+    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.codebooks, problem.cost)
     assert problem.codes[0, :, 0].tolist() == BYTES * 4
     assert problem.e[0, :, 0].nonzero()[:, 0].tolist() == [5, 63]
     assert problem.e[0, [5, 63], 0].tolist() == [1.5, -2.0]
@@ -163,16 +166,16 @@ def test_a_rounding_error_by_hand(kernels: Kernels) -> None:
 
 def test_an_error_is_fed_into_a_later_column_by_hand(kernels: Kernels) -> None:
     """Column 0 is 7 steps above its codeword, column 4 fourteen below: with U_04 = 2 the next byte hits its target."""
-    metric = plain()
-    feed = metric.feed.clone()
-    feed[0, 0, 4] = 2.0
-    fed = GroupMetric(metric.h, feed, metric.forward, metric.around, metric.inverse)
+    hessian = plain()
+    feedback = hessian.feedback.clone()
+    feedback[0, 0, 4] = 2.0
+    fed = GroupHessian(hessian.h, feedback, hessian.block_root, hessian.diag_root, hessian.diag_inverse)
     row = row_by_hand(BYTES, 2.0)
     row[0] += 7 * 2.0
     row[4] -= 14 * 2.0
-    for metric, second, costs in ((fed, 255, 196.0), (plain(), 183, 196.0 + 4 * (3**2 + 8**2 + 5**2))):
+    for hessian, second, costs in ((fed, 255, 196.0), (plain(), 183, 196.0 + 4 * (3**2 + 8**2 + 5**2))):
         problem = pose_by_hand(row, d=0.5)
-        kernels.feedback_group(problem.views(0), problem.w, metric, problem.books, problem.cost)
+        kernels.feedback_group(problem.views(0), problem.w, hessian, problem.codebooks, problem.cost)
         assert problem.codes[0, :2, 0].tolist() == [0, second]
         assert problem.cost[0].tolist() == [costs] * 16
     assert problem.e[0, 4, 0] == (16 - 13) * 2.0
@@ -181,7 +184,7 @@ def test_an_error_is_fed_into_a_later_column_by_hand(kernels: Kernels) -> None:
 def test_the_error_is_that_against_w_not_against_the_target(kernels: Kernels) -> None:
     """The target is met exactly, so nothing is paid, and e = w - ŵ is what the target was moved by."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0) - 3.0, d=0.5)
-    kernels.feedback_group(problem.views(0), problem.w + 3.0, plain(), problem.books, problem.cost)
+    kernels.feedback_group(problem.views(0), problem.w + 3.0, plain(), problem.codebooks, problem.cost)
     assert problem.e[0, :, 0].tolist() == [-3.0] * 64
     assert problem.cost[0].tolist() == [0.0] * 16
 
@@ -193,7 +196,7 @@ def test_descent_puts_a_wrong_scale_and_a_wrong_byte_right_by_hand(kernels: Kern
     problem.scales[:] = 6
     problem.e[0] = torch.from_numpy(problem.errors(0).T).float()
     problem.cost.copy_(problem.e.square().sum(1))
-    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.books, problem.cost)
+    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [4] * 16
     assert problem.codes[0, :, 5].tolist() == BYTES * 4
     assert problem.e.abs().max() == 0
@@ -210,7 +213,7 @@ def test_of_equal_bytes_the_lowest(kernels: Kernels) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_choice_is_the_best_of_all(kernels: Kernels, kind: str) -> None:
     """The scale is the cheapest of five, each byte the best of 256 after those before it; the cost is theirs."""
-    problem = pose(weights_of(1, 16, 64, seed=1), moments_of(kind, 1, 64, seed=2))
+    problem = pose(weights_of(1, 16, 64, seed=1), hessian_of(kind, 1, 64, seed=2))
     problem.feed_back(kernels, 0)
     check_group(problem, 0)
     assert problem.cost[0].numpy() == pytest.approx(problem.true_costs()[0], rel=1e-5)
@@ -218,7 +221,7 @@ def test_every_choice_is_the_best_of_all(kernels: Kernels, kind: str) -> None:
 
 def test_every_choice_of_later_groups_too(kernels: Kernels) -> None:
     """With errors fed from group to group; matrices with moments and maps of their own."""
-    h = torch.cat([moments_of("correlated", 1, 256), moments_of("loud", 1, 256)])
+    h = torch.cat([hessian_of("correlated", 1, 256), hessian_of("loud", 1, 256)])
     problem = pose(weights_of(2, 48, 256, seed=3), h)
     for group in range(problem.groups):
         problem.feed_back(kernels, group)
@@ -262,9 +265,9 @@ def test_compiled_equals_torch(kind: str, shape: tuple[int, int, int]) -> None:
     """
     torch_kernels, compiled = kernels_of("torch"), kernels_of("compiled")
     b, n, k = shape
-    problem = pose(weights_of(*shape, seed=n), moments_of(kind, b, k, seed=k))
+    problem = pose(weights_of(*shape, seed=n), hessian_of(kind, b, k, seed=k))
     if n > 16:  # also runs of one map, longer than the four lane blocks that descend together
-        problem.member[:] = torch.arange(n // 16, dtype=torch.int32) // 6
+        problem.map_index[:] = torch.arange(n // 16, dtype=torch.int32) // 6
     for group in range(problem.groups):
         other = problem.copy()
         problem.feed_back(torch_kernels, group)
@@ -305,7 +308,7 @@ def check_tie(found: Problem, other: Problem, group: int, b: int, row: int) -> N
 
 
 def fed_back(kernels: Kernels, kind: str, n: int = 48, k: int = 256) -> Problem:
-    problem = pose(weights_of(1, n, k, seed=4), moments_of(kind, 1, k, seed=5))
+    problem = pose(weights_of(1, n, k, seed=4), hessian_of(kind, 1, k, seed=5))
     for group in range(problem.groups):
         problem.feed_back(kernels, group)
     return problem
@@ -360,7 +363,7 @@ def test_zeros_cost_nothing_and_stay(kernels: Kernels) -> None:
     w = weights_of(1, 16, 128)
     w[0, :, :64] = 0
     w[0, 5] = 0
-    problem = pose(w, moments_of("correlated", 1, 128))
+    problem = pose(w, hessian_of("correlated", 1, 128))
     problem.feed_back(kernels, 0)
     assert problem.scales[0, 0].tolist() == [0] * 16
     assert problem.cost.abs().max() == 0
@@ -381,7 +384,7 @@ def test_descent_can_wake_a_silent_group(kernels: Kernels) -> None:
     problem = pose_by_hand(row_by_hand(BYTES, 2.0), d=0.5)
     problem.codes[:] = torch.tensor(BYTES * 4, dtype=torch.uint8)[:, None]
     problem.cost.copy_(problem.e.square().sum(1))
-    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.books, problem.cost)
+    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [4] * 16
     assert problem.e.abs().max() == 0
 
@@ -389,23 +392,23 @@ def test_descent_can_wake_a_silent_group(kernels: Kernels) -> None:
 def test_scales_end_at_15(kernels: Kernels) -> None:
     """Codewords times 20 d: 15 is the most that four bits hold."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0), d=0.1)
-    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.books, problem.cost)
+    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [15] * 16
-    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.books, problem.cost)
+    kernels.descend_group(problem.views(0), problem.e.clone(), plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [15] * 16
 
 
 def test_rows_far_too_loud_for_their_super_scale(kernels: Kernels) -> None:
     """A million times d: scale 15, no overflow."""
     problem = pose_by_hand(row_by_hand(BYTES, 1e6), d=1.0)
-    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.books, problem.cost)
+    kernels.feedback_group(problem.views(0), problem.w, plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [15] * 16
     assert bool(torch.isfinite(problem.cost).all())
 
 
 def test_only_its_own_rows_are_written(kernels: Kernels) -> None:
     """The other groups of the same arrays stay as they are."""
-    problem = pose(weights_of(2, 16, 192), moments_of("correlated", 2, 192))
+    problem = pose(weights_of(2, 16, 192), hessian_of("correlated", 2, 192))
     problem.codes.fill_(77)
     problem.scales.fill_(9)
     before = problem.copy()
@@ -419,8 +422,16 @@ def test_only_its_own_rows_are_written(kernels: Kernels) -> None:
     assert torch.equal(problem.w, before.w)
 
 
-def test_without_triton_a_gpu_has_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_triton_a_gpu_has_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "ernie_gguf.quantize.kernels_triton", raising=False)
-    assert type(kernels_for("cuda")) is TorchKernels
-    assert capsys.readouterr().err.startswith("note: Triton does not work here (")
+    kernels, note = kernels_for("cuda")
+    assert type(kernels) is TorchKernels
+    assert note.startswith("Triton does not work here (")
+
+
+def test_without_the_compiled_search_a_cpu_has_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    kernels, note = kernels_for("cpu")
+    assert type(kernels) is TorchKernels
+    assert note.startswith("the compiled search is missing; ")

@@ -62,7 +62,7 @@ def test_a_line_per_layer_where_there_is_no_terminal(clock: list[float], capfd: 
     out, err = capfd.readouterr()
     assert out == ""
     assert err == (
-        "going on where an interrupted run stopped, after layer 1/2\n"
+        "resuming an interrupted run after layer 1/2\n"
         "layer 2/2: 0.01 M weights/s, 0:06:32 left, error 0.1000 (plain 0.2000)\n"
     )
 
@@ -83,7 +83,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> N
     with progress.display(prepare(EXAMPLE, Outtype.CCQ2)) as listen:
         steps(listen)
     shown = terminal.getvalue()
-    assert "going on where an interrupted run stopped, after layer 1/2\n" in shown
+    assert "resuming an interrupted run after layer 1/2\n" in shown
     assert "layer 2/2, expert 7" in shown
     assert "M weights/s" in shown
     assert "error 0.1000 (plain 0.2000)" in shown or columns == 60

@@ -166,9 +166,9 @@ def test_table_for_people() -> None:
         "all gate 0.2188 0.2031 0.1250 1.625 0 500 1",
         "all down 0.5000 0.2500 0.5000 0.500 7 7",
         "",
-        "Error in the calibration metric: 0.2125, the plain encoder's 0.2000, ratio 1.062.",
-        "Worse than with the plain encoder: 1 of 3 expert matrices.",
-        "Without a token of the calibration text: 1 of 3 experts.",
+        "Error in the calibration metric: 0.2125; of the plain encoder: 0.2000, ratio 1.062.",
+        "Expert matrices worse than with the plain encoder: 1 of 3.",
+        "Experts that no calibration token reached: 1 of 3.",
         "out/tiny.gguf: 1.5 kB, 3.5 bits per weight (2.25 in the experts), 2,000 calibration tokens, 12.3 s on cpu",
     ]
 
@@ -178,9 +178,9 @@ def test_table_of_one_layer_that_went_well() -> None:
         "3 down 0.5000 0.2500 0.5000 0.500 7 7",
         "all down 0.5000 0.2500 0.5000 0.500 7 7",
         "",
-        "Error in the calibration metric: 0.2500, the plain encoder's 0.5000, ratio 0.500.",
-        "Worse than with the plain encoder: none of 1 expert matrices.",
-        "Without a token of the calibration text: none of 1 experts.",
+        "Error in the calibration metric: 0.2500; of the plain encoder: 0.5000, ratio 0.500.",
+        "Expert matrices worse than with the plain encoder: none of 1.",
+        "Experts that no calibration token reached: none of 1.",
         "out/tiny.gguf: 1.5 kB, 3.5 bits per weight (2.25 in the experts), 2,000 calibration tokens, 1:02:05 on cpu",
     ]
 
@@ -283,7 +283,7 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_check_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"/file: exists and is no folder; give --report another name$"):
+    with pytest.raises(OutputError, match=r"/file: exists and is not a folder; give --report another name$"):
         check_report_folder(tmp_path / "file", overwrite=True)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from ernie_gguf.ccq2 import native
 from ernie_gguf.ccq2 import rows as ccq2
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
@@ -40,7 +41,6 @@ pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
 import torch
 from ernie_gguf.quantize import preview
-from ernie_gguf.quantize.kernels import CompiledKernels
 
 U8 = npt.NDArray[np.uint8]
 EXPERTS = "_exps.weight"
@@ -127,13 +127,13 @@ def test_the_compiled_search_and_torch_agree(
     quantize: Quantize, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums in another order decide a few near ties otherwise: the errors are the same within a hundredth."""
-    if not CompiledKernels.available():
+    if native.library() is None:
         pytest.skip("the compiled search is not built: run make search")
     compiled = quantize(small, tmp_path / "compiled.gguf", "--json", "--maps", "1")
-    monkeypatch.setattr(CompiledKernels, "available", lambda: False)
+    monkeypatch.setattr(native, "library", lambda: None)
     slow = quantize(small, tmp_path / "torch.gguf", "--json", "--maps", "1")
-    assert "note: the compiled search is not there" not in compiled.err
-    assert "note: the compiled search is not there, torch takes its place" in slow.err
+    assert "note: the compiled search is missing" not in compiled.err
+    assert "note: the compiled search is missing; torch takes six times as long" in slow.err
     errors = [[tensor["metric_error"] for tensor in json.loads(done.out)["tensors"]] for done in (compiled, slow)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
@@ -183,7 +183,7 @@ def test_experts_that_no_token_reaches(quantize: Quantize, tmp_path: Path) -> No
     source, out = make(tmp_path / "dead", replace(SMALL, bias=(0.0, 0.0, -9.0, -9.0))), tmp_path / "out.gguf"
     done = quantize(source, out)
     assert done.code == 0
-    assert "Without a token of the calibration text: 4 of 8 experts.\n" in done.out
+    assert "Experts that no calibration token reached: 4 of 8.\n" in done.out
     done = quantize(source, out, "--json", "--overwrite")
     experts = [expert for tensor in json.loads(done.out)["tensors"] for expert in tensor["experts"]]
     assert {expert["expert"] for expert in experts if expert["tokens"] == 0} == {2, 3}
@@ -268,12 +268,12 @@ NOT_FINITE = (
             "tensor model.layers.1.self_attn.o_proj.weight: row 1, column 1: nan does not fit q8_0, "
             "which holds finite values up to 8.3e6",
         ),
-        ("model.layers.0.input_layernorm.weight", 0, NAN, f"layer 0: what attention gives is {NOT_FINITE}"),
+        ("model.layers.0.input_layernorm.weight", 0, NAN, f"layer 0: the output of attention is {NOT_FINITE}"),
         (
             "model.layers.2.post_attention_layernorm.weight",
             9,
             INF,
-            f"layer 2: what attention gives is {NOT_FINITE}",
+            f"layer 2: the output of attention is {NOT_FINITE}",
         ),
         (
             "model.layers.1.mlp.gate.weight",
@@ -434,10 +434,10 @@ def test_memory_that_is_too_small(
 ) -> None:
     """The kernel lets a process take nearly any size, so this is what torch says where it does not."""
 
-    def moments(*_: object) -> None:
+    def hessian(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you …")
 
-    monkeypatch.setattr("ernie_gguf.quantize.experts.moments", moments)
+    monkeypatch.setattr("ernie_gguf.quantize.experts.hessian", hessian)
     done = quantize(small, tmp_path / "out.gguf")
     assert (done.code, done.err.splitlines()[-1]) == (1, "error: out of memory")
     # Layer 0, a dense one, is done by then.

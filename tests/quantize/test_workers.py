@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
 import torch
-from ernie_gguf.quantize.kernels import Kernels, TorchKernels
+from ernie_gguf.quantize.kernels import Kernels
+from ernie_gguf.quantize.kernels_torch import TorchKernels
 from ernie_gguf.quantize.workers import Workers
 
 
@@ -73,7 +74,7 @@ def test_a_failure_comes_when_its_turn_comes() -> None:
 
 
 @pytest.mark.parametrize("method", ["feedback_group", "descend_group"])
-def test_work_under_way_is_given_up(method: str) -> None:
+def test_work_under_way_is_stopped(method: str) -> None:
     finished = []
 
     def work(kernels: Kernels, begun: Event) -> None:

@@ -20,11 +20,12 @@ from quantize.small import QUICK, SMALL, Quantize
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
 from ernie_gguf.checkpoint.config import ErnieConfig
+from ernie_gguf.errors import WorkspaceError
 from ernie_gguf.quantize import run
 from ernie_gguf.quantize.experts import EncodedExpert
 from ernie_gguf.quantize.model import Layer, Weights
 from ernie_gguf.quantize.stats import MatrixStats
-from ernie_gguf.quantize.workspace import Workspace, WorkspaceError, layers_done, partial_path
+from ernie_gguf.quantize.workspace import Workspace, layers_done, partial_path
 
 LAYERS = range(SMALL.layers)
 
@@ -123,8 +124,8 @@ def interrupted_after(quantize: Quantize, monkeypatch: pytest.MonkeyPatch, small
 
 def kept_note(out: Path, layers: int) -> str:
     return (
-        f"note: {layers} of {SMALL.layers} layers are done and kept in {partial_path(out)}; the same command goes on "
-        "from there\n"
+        f"note: {layers} of {SMALL.layers} layers are done and kept in {partial_path(out)}; the same command resumes "
+        "the run\n"
     )
 
 
@@ -169,7 +170,7 @@ def test_going_on_after_a_layer(
     done = quantize(small, out)
     assert done.code == 0
     assert begun == list(LAYERS)[layer + 1 :]
-    assert f"going on where an interrupted run stopped, after layer {layer}/2\n" in done.err
+    assert f"resuming an interrupted run after layer {layer}/2\n" in done.err
     assert out.read_bytes() == in_one_go
     assert list(out.parent.iterdir()) == [out]
 
@@ -243,7 +244,7 @@ def test_a_run_that_is_killed_when_the_model_has_its_name(
     out.unlink()
     missing = partial_path(out) / "model.gguf"
     done = quantize(small, out)
-    assert done.err.endswith(f"error: {missing}: is missing; give --restart to begin again\n")
+    assert done.err.endswith(f"error: {missing}: missing; give --restart to start over\n")
     assert quantize(small, out, "--restart").code == 0
     assert list(out.parent.iterdir()) == [out]
 
@@ -269,7 +270,7 @@ def test_other_inputs_are_refused(
     done = quantize(small, out, *options)
     assert (done.code, done.out) == (1, "")
     assert done.err.endswith(
-        f"error: {left}: an interrupted run with another {what}; give --restart to begin again, or another --outfile\n"
+        f"error: {left}: an interrupted run with another {what}; give --restart to start over, or another --outfile\n"
     )
     assert "kept" not in done.err
     assert content(left) == before
@@ -328,7 +329,7 @@ def truncate(path: Path) -> None:
         file.truncate(1000)
 
 
-AGAIN = "give --restart to begin again\n"
+AGAIN = "give --restart to start over\n"
 
 
 @pytest.mark.parametrize(
@@ -336,13 +337,13 @@ AGAIN = "give --restart to begin again\n"
     [
         (lambda f: truncate(f / "state.json"), ": state.json: not valid JSON: "),
         (lambda f: (f / "state.json").write_text("[]"), ": state.json: expected a JSON object, found list; "),
-        (lambda f: edit_state(f, lambda s: s.update(version=0)), ": was begun by another version of ernie-gguf; "),
+        (lambda f: edit_state(f, lambda s: s.update(version=0)), ": begun by another version of ernie-gguf; "),
         (lambda f: edit_state(f, lambda s: s.pop("stats")), "/state.json: damaged (KeyError('stats')); "),
         (lambda f: edit_state(f, lambda s: s.update(layers="x")), "/state.json: damaged (ValueError("),
         (lambda f: edit_state(f, lambda s: s.update(stats=[{}])), "/state.json: damaged (KeyError('scales')); "),
-        (lambda f: (f / "activations-2.f32").unlink(), "/activations-2.f32: is missing; "),
+        (lambda f: (f / "activations-2.f32").unlink(), "/activations-2.f32: missing; "),
         (lambda f: truncate(f / "activations-2.f32"), "/activations-2.f32: 1000 bytes, expected 1048576; "),
-        (lambda f: (f / "model.gguf").unlink(), "/model.gguf: is missing; "),
+        (lambda f: (f / "model.gguf").unlink(), "/model.gguf: missing; "),
         (lambda f: truncate(f / "model.gguf"), "/model.gguf: 1000 bytes, expected "),
     ],
 )
@@ -367,7 +368,7 @@ def test_files_of_others_are_not_touched(quantize: Quantize, small: Path, out: P
     for options in ((), ("--restart",)):
         done = quantize(small, out, *options)
         assert done.err.endswith(
-            f"error: {folder / 'letter.txt'}: no file of an interrupted run; move it, or give another --outfile\n"
+            f"error: {folder / 'letter.txt'}: not a file of an interrupted run; move it, or give another --outfile\n"
         )
         assert content(folder) == {"letter.txt": b"dear", "model.gguf": b"old"}
 

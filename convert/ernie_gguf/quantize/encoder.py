@@ -1,30 +1,37 @@
-"""The calibrated encoder: matrices and the second moments of their inputs -> ccq2 rows.
+"""The calibrated encoder: matrices and the Hessians of their inputs -> ccq2 rows.
 
-Top to bottom: `Pipeline.encode` fixes a super scale per row, encodes the columns one after another and feeds each error
-into the columns to come (`_feed_back`), once per code map of the pool, then revisits every code with the full quadratic
-form (`_descend`), the super scales refitted in between. Rows lie side by side in the last dimension: arrays are
+`Pipeline.encode` from top to bottom: fix a super scale per row; encode the columns one after another and feed each
+error into the columns that follow (LDLQ), once per code map; then revisit every code with the full quadratic form
+(coordinate descent) and refit the super scales in between. Rows lie side by side in the last dimension: arrays are
 [B, columns, N].
+
+The code is Baidu's (CCQ). LDLQ in blocks as wide as a codeword is as in QTIP, but without incoherence processing: the
+format has no room for rotations.
+
+CCQ: Convolutional Code for Extreme Low-bit Quantization in LLMs, https://arxiv.org/abs/2507.07145
+QTIP: Quantization with Trellises and Incoherence Processing, https://arxiv.org/abs/2406.11235
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from ..arrays import U8
 from ..ccq2.encode import BOOK_RMS, D_LIMIT, TOP_SCALE
 from ..ccq2.rows import GROUP, Ccq2Rows, pack_rows
-from .kernels import LANES, QUADS, Books, Kernels, RowGroup
-from .metric import DAMPING, QUAD, Metric, make_metric, plain_metric
-
-PASSES = 5  # of coordinate descent; more gained nothing
+from .hessian import BLOCK, Hessian, factor, identity
+from .kernels import CODE_BYTES, LANES, Codebooks, Kernels, RowGroup
+from .settings import PASSES, PERCDAMP
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows: w, hw = H wᵀ, e = w - ŵ float32 [B, K, N]; d, cost = e H eᵀ [B, N]; codes uint8 [B, K/4, N]; scales
-    uint8 [B, K/64, N]; member int32 [B, N], the row's code map in the pool.
+    """Rows and their encoding, [B, K, N] and the like.
+
+    w, hw = H Wᵀ, e = w - ŵ float32 [B, K, N]; d, cost = E H Eᵀ [B, N]; codes uint8 [B, K/4, N]; scales uint8
+    [B, K/64, N]; map_index int32 [B, N], the row's code map.
     """
 
     w: torch.Tensor
@@ -34,7 +41,7 @@ class Rows:
     cost: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
-    member: torch.Tensor
+    map_index: torch.Tensor
 
     def take(self, order: torch.Tensor) -> "Rows":
         """The rows `order` [B, N'] of each matrix."""
@@ -56,23 +63,23 @@ class Rows:
         return replace(self, **{name: pick(name) for name in _ENCODING})
 
 
-_ENCODING = ("e", "d", "cost", "codes", "scales", "member")  # the fields of Rows that an encoder chooses
+_ENCODING = ("e", "d", "cost", "codes", "scales", "map_index")  # the fields of Rows that an encoder chooses
 
 
-def _lane_order(member: torch.Tensor, members: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An order of rows in which each block of 16 has one code map: rows [B, N'] and members of the blocks [B, N'/16].
+def _lane_order(map_index: torch.Tensor, maps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order of rows in which each block of 16 has one code map: rows [B, N'] and the blocks' maps [B, N'/16].
 
-    Each map's rows are filled up to a multiple of 16 by repeating one of them, and all matrices to the same N'.
+    Each map's rows are padded to a multiple of 16 by repeating one of them, and all matrices to the same N'.
     """
     orders, blocks = [], []
-    for each in member:
-        parts = [(each == m).nonzero()[:, 0] for m in range(members)]
+    for each in map_index:
+        parts = [(each == m).nonzero()[:, 0] for m in range(maps)]
         padded = [torch.cat([part, part[:1].expand(-len(part) % LANES)]) for part in parts]
         orders.append(torch.cat(padded))
-        counts = torch.tensor([len(part) // LANES for part in padded], device=member.device)
-        blocks.append(torch.arange(members, dtype=torch.int32, device=member.device).repeat_interleave(counts))
+        counts = torch.tensor([len(part) // LANES for part in padded], device=map_index.device)
+        blocks.append(torch.arange(maps, dtype=torch.int32, device=map_index.device).repeat_interleave(counts))
     longest = max(map(len, orders))
-    for b, order in enumerate(orders):  # the last row once more, as often as the longest needs
+    for b, order in enumerate(orders):  # repeat the last row up to the longest order
         missing = longest - len(order)
         orders[b] = torch.cat([order, order[-1:].expand(missing)])
         blocks[b] = torch.cat([blocks[b], blocks[b][-1:].expand(missing // LANES)])
@@ -88,23 +95,25 @@ def _inverse_order(order: torch.Tensor, n: int) -> torch.Tensor:
 def _groups(rows: Rows, blocks: torch.Tensor) -> Iterator[tuple[int, slice, RowGroup]]:
     """The groups from left to right: number, columns, views."""
     for group in range(rows.scales.shape[1]):
-        here = slice(group * GROUP, (group + 1) * GROUP)
-        codes = rows.codes[:, group * QUADS : (group + 1) * QUADS]
-        views = RowGroup(rows.w[:, here], rows.e[:, here], rows.d, codes, rows.scales[:, group], blocks)
-        yield group, here, views
+        columns = slice(group * GROUP, (group + 1) * GROUP)
+        codes = rows.codes[:, group * CODE_BYTES : (group + 1) * CODE_BYTES]
+        views = RowGroup(rows.w[:, columns], rows.e[:, columns], rows.d, codes, rows.scales[:, group], blocks)
+        yield group, columns, views
 
 
-def _feed_back(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
-    """Encode all columns, left to right; fills codes, scales, e and cost, which is zero before."""
-    for group, here, views in _groups(rows, blocks):
-        target = views.w + metric.feed[:, : here.start, here].mT @ rows.e[:, : here.start]
-        kernels.feedback_group(views, target, metric.group(group), books, rows.cost)
+def _ldlq(rows: Rows, blocks: torch.Tensor, hessian: Hessian, codebooks: Codebooks, kernels: Kernels) -> None:
+    """LDLQ: encode all columns from left to right. Fills codes, scales and e; adds to cost, which must be zero."""
+    for group, columns, views in _groups(rows, blocks):
+        target = views.w + hessian.feedback[:, : columns.start, columns].mT @ rows.e[:, : columns.start]
+        kernels.feedback_group(views, target, hessian.group(group), codebooks, rows.cost)
 
 
-def _descend(rows: Rows, blocks: torch.Tensor, metric: Metric, books: Books, kernels: Kernels) -> None:
-    """One pass over all groups: each scale, then each byte, everything else fixed."""
-    for group, here, views in _groups(rows, blocks):
-        kernels.descend_group(views, metric.h[:, here] @ rows.e, metric.group(group), books, rows.cost)
+def _coordinate_descent(
+    rows: Rows, blocks: torch.Tensor, hessian: Hessian, codebooks: Codebooks, kernels: Kernels
+) -> None:
+    """One pass over all groups: each scale, then each byte, with everything else fixed."""
+    for group, columns, views in _groups(rows, blocks):
+        kernels.descend_group(views, hessian.h[:, columns] @ rows.e, hessian.group(group), codebooks, rows.cost)
 
 
 def _products(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,89 +121,91 @@ def _products(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows.hw * rows.w).sum(1), (rows.hw * (rows.w - rows.e)).sum(1)
 
 
-def _grown(rows: Rows, grow: torch.Tensor, power: torch.Tensor, cross: torch.Tensor) -> Rows:
-    """All super scales times `grow` [B, N]; `power` and `cross` are the rows' products."""
-    whole = rows.cost + 2 * cross - power  # Ŵ H Ŵᵀ
-    e = rows.w - (rows.w - rows.e) * grow[:, None]
-    return replace(rows, d=rows.d * grow, e=e, cost=power - 2 * grow * cross + grow * grow * whole)
+def _scaled(rows: Rows, factors: torch.Tensor, power: torch.Tensor, cross: torch.Tensor) -> Rows:
+    """All super scales times `factors` [B, N]; `power` and `cross` are the rows' products."""
+    decoded_power = rows.cost + 2 * cross - power  # Ŵ H Ŵᵀ
+    e = rows.w - (rows.w - rows.e) * factors[:, None]
+    return replace(rows, d=rows.d * factors, e=e, cost=power - 2 * factors * cross + factors * factors * decoded_power)
 
 
 def _refit(rows: Rows) -> Rows:
-    """Super scales by least squares in the metric, everything else fixed."""
+    """Super scales by least squares in H, everything else fixed."""
     power, cross = _products(rows)
-    whole = rows.cost + 2 * cross - power
-    usual = (cross > 0) & (whole > 0)
-    return _grown(rows, torch.where(usual, cross / torch.where(usual, whole, 1), 1), power, cross)
+    decoded_power = rows.cost + 2 * cross - power
+    usual = (cross > 0) & (decoded_power > 0)
+    return _scaled(rows, torch.where(usual, cross / torch.where(usual, decoded_power, 1), 1), power, cross)
 
 
-def _half_shrink(rows: Rows) -> Rows:
-    """Undo half of least squares' shrinkage: d / sqrt(slope), slope = (W H Ŵᵀ) / (W H Wᵀ)."""
+def _correct_scale(rows: Rows) -> Rows:
+    """Scale correction: undo half of least squares' shrinkage. d / sqrt(slope), slope = (W H Ŵᵀ) / (W H Wᵀ)."""
     power, cross = _products(rows)
     slope = torch.where(power > 0, cross / torch.where(power > 0, power, 1), 1).clamp(0.25, 1)
-    return _grown(rows, slope.rsqrt(), power, cross)
+    return _scaled(rows, slope.rsqrt(), power, cross)
 
 
-def start(w: torch.Tensor, metric: Metric) -> tuple[Rows, torch.Tensor]:
-    """Rows [B, N, K] with their first super scale, nothing encoded yet; and the unit [B, N] they were divided by.
+def start(w: torch.Tensor, hessian: Hessian) -> tuple[Rows, torch.Tensor]:
+    """Rows of w [B, N, K] with their first super scale, not encoded yet; and the unit [B, N] they were divided by.
 
-    The unit is a power of two, so that no square overflows and nothing is rounded.
+    The unit is a power of two: no square overflows, and nothing is rounded.
     """
     largest = w.abs().amax(2)
     exponent = torch.where(largest > 0, largest, 1).frexp().exponent
-    unit = exponent.clamp(max=127).float().exp2()  # 2^128 is no float32
+    unit = exponent.clamp(max=127).float().exp2()  # 2^128 overflows float32
     columns = (w / unit[:, :, None]).mT.contiguous()
     b, k, n = columns.shape
     rms = columns.reshape(b, k // GROUP, GROUP, n).square().mean(2).sqrt()  # [B, K/64, N]
     d = rms.amax(1) / BOOK_RMS / TOP_SCALE
     rows = Rows(
         w=columns,
-        hw=metric.h @ columns,
+        hw=hessian.h @ columns,
         e=columns,
         d=torch.where(d > 0, d, 1),
         cost=torch.zeros_like(d),
-        codes=torch.zeros(b, k // QUAD, n, dtype=torch.uint8, device=w.device),
+        codes=torch.zeros(b, k // BLOCK, n, dtype=torch.uint8, device=w.device),
         scales=torch.zeros(b, k // GROUP, n, dtype=torch.uint8, device=w.device),
-        member=torch.zeros(b, n, dtype=torch.int32, device=w.device),
+        map_index=torch.zeros(b, n, dtype=torch.int32, device=w.device),
     )
     return rows, unit
 
 
-def _empty(rows: Rows, member: int) -> tuple[Rows, torch.Tensor]:
-    """The same rows, not encoded, all with one code map; and the members [B, N/16] in a pool of that one: zeros."""
-    fresh = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales")}
-    out = replace(rows, **fresh, cost=torch.zeros_like(rows.cost), member=torch.full_like(rows.member, member))
-    return out, torch.zeros_like(out.member[:, ::LANES])
+def _fresh(rows: Rows, map_index: int) -> tuple[Rows, torch.Tensor]:
+    """The same rows, not encoded, all with one code map; and the lane blocks' maps [B, N/16] for that map alone: 0."""
+    empty = {name: torch.empty_like(getattr(rows, name)) for name in ("e", "codes", "scales")}
+    out = replace(rows, **empty, cost=torch.zeros_like(rows.cost), map_index=torch.full_like(rows.map_index, map_index))
+    return out, torch.zeros_like(out.map_index[:, ::LANES])
 
 
-def encode_plain(rows: Rows, metric: Metric, books: Books, kernels: Kernels) -> Rows:
-    """By plain squared error with the pool's first code map; `cost` is in the metric all the same."""
-    out, blocks = _empty(rows, 0)
-    plain = plain_metric(len(rows.w), rows.w.device)
+def encode_plain(rows: Rows, hessian: Hessian, codebooks: Codebooks, kernels: Kernels) -> Rows:
+    """Encode by squared error with the first code map. `cost` is E H Eᵀ all the same."""
+    out, blocks = _fresh(rows, 0)
+    plain = identity(len(rows.w), rows.w.device)
     for _, _, views in _groups(out, blocks):
-        kernels.feedback_group(views, views.w, plain, books.only(0), out.cost)
-    shrunk = _half_shrink(replace(out, hw=rows.w))  # by squared error: H = I
-    return replace(shrunk, hw=rows.hw, cost=((metric.h @ shrunk.e) * shrunk.e).sum(1))
+        kernels.feedback_group(views, views.w, plain, codebooks.only(0), out.cost)
+    corrected = _correct_scale(replace(out, hw=rows.w))  # by squared error: H = I
+    return replace(corrected, hw=rows.hw, cost=((hessian.h @ corrected.e) * corrected.e).sum(1))
 
 
-def encode_calibrated(rows: Rows, metric: Metric, books: Books, kernels: Kernels, passes: int = PASSES) -> Rows:
-    """By the metric, each row with the best of the pool's code maps."""
+def encode_calibrated(
+    rows: Rows, hessian: Hessian, codebooks: Codebooks, kernels: Kernels, passes: int = PASSES
+) -> Rows:
+    """Encode by E H Eᵀ, each row with its best code map."""
     best: Rows | None = None
-    for member in range(len(books.maps)):
-        tried, blocks = _empty(rows, member)
-        _feed_back(tried, blocks, metric, books.only(member), kernels)
+    for map_index in range(len(codebooks.code_maps)):
+        tried, blocks = _fresh(rows, map_index)
+        _ldlq(tried, blocks, hessian, codebooks.only(map_index), kernels)
         best = tried if best is None else best.better(tried)
-    assert best is not None  # noqa: S101 - a pool is never empty
-    order, blocks = _lane_order(best.member, len(books.maps))
+    assert best is not None  # noqa: S101 - there is at least one code map
+    order, blocks = _lane_order(best.map_index, len(codebooks.code_maps))
     lanes = best.take(order)
     for _ in range(passes):
         lanes = _refit(lanes)
-        _descend(lanes, blocks, metric, books, kernels)
-    return _half_shrink(lanes.take(_inverse_order(order, rows.w.shape[2])))
+        _coordinate_descent(lanes, blocks, hessian, codebooks, kernels)
+    return _correct_scale(lanes.take(_inverse_order(order, rows.w.shape[2])))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of some rows of a matrix: the fields of MatrixStats."""
+    """Some rows of a matrix: the fields of MatrixStats."""
 
     rows: int
     error: float
@@ -207,10 +218,10 @@ class Measured:
 class Encoded:
     """B encoded matrices: ccq2 rows data [B][N, row size], their decoded value float32 [B, N, K], sums per row [B, N].
 
-    The sums are squares of w and of e, and both and the plain encoder's error in the metric, undamped.
+    The sums are |W|², |E|², W H Wᵀ, E H Eᵀ, and E H Eᵀ of the plain encoder. H is not damped in them.
     """
 
-    data: list[npt.NDArray[np.uint8]]
+    data: list[U8]
     value: torch.Tensor
     scales: torch.Tensor  # [B, K/64, N]
     square: torch.Tensor
@@ -220,7 +231,7 @@ class Encoded:
     plain_cost: torch.Tensor
 
     def measure(self, b: int, row: int, end: int) -> Measured:
-        """Sum up rows `row` … `end` of a matrix; a matrix of zeros has no error."""
+        """Sum up rows `row` … `end` of a matrix. The error of zeros is 0."""
 
         def ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
             total = float(whole[b, row:end].double().sum())
@@ -235,42 +246,42 @@ class Encoded:
         )
 
 
-def _pack(rows: Rows, d: torch.Tensor, books: Books) -> list[npt.NDArray[np.uint8]]:
-    """ccq2 rows with super scales d [B, N]; 64 zeros are spelled scale 0 and codes 0, a row of zeros d = 0."""
-    codes = torch.where(rows.scales.repeat_interleave(QUADS, 1) > 0, rows.codes, 0)
+def _pack(rows: Rows, d: torch.Tensor, codebooks: Codebooks) -> list[U8]:
+    """ccq2 rows with super scales d [B, N]. 64 zeros are spelled scale 0 and codes 0, a row of zeros d = 0."""
+    codes = torch.where(rows.scales.repeat_interleave(CODE_BYTES, 1) > 0, rows.codes, 0)
     d = torch.where((rows.scales > 0).any(1), d, 0)
-    maps = books.maps[rows.member.long()].cpu().numpy().astype(np.uint32)  # [B, N, 2]
+    maps = codebooks.code_maps[rows.map_index.long()].cpu().numpy().astype(np.uint32)  # [B, N, 2]
     fields_ = (d.cpu().numpy(), codes.mT.cpu().numpy(), rows.scales.mT.cpu().numpy())
     return [pack_rows(Ccq2Rows(m[:, 0], m[:, 1], *each)) for m, *each in zip(maps, *fields_, strict=True)]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The encoder with its settings."""
+    """The encoder and its parameters."""
 
-    books: Books
+    codebooks: Codebooks
     kernels: Kernels
     passes: int = PASSES
-    damping: float = DAMPING
+    percdamp: float = PERCDAMP
 
     def encode(self, w: torch.Tensor, h: torch.Tensor) -> Encoded:
-        """Encode w [B, N, K] whose inputs have second moments h [B, K, K]; N is a multiple of 16.
+        """Encode w [B, N, K], N a multiple of 16, for inputs with the Hessians h [B, K, K].
 
-        A row on which the plain encoder does better in the metric, should there be one, is taken from there.
+        A row on which the plain encoder does better takes its encoding.
         """
-        metric = make_metric(h, self.damping)
-        first, unit = start(w, metric)
-        plain = encode_plain(first, metric, self.books, self.kernels)
-        rows = encode_calibrated(first, metric, self.books, self.kernels, self.passes).better(plain)
-        size = unit.double().square()  # beyond float32 for weights that are within
+        hessian = factor(h, self.percdamp)
+        first, unit = start(w, hessian)
+        plain = encode_plain(first, hessian, self.codebooks, self.kernels)
+        rows = encode_calibrated(first, hessian, self.codebooks, self.kernels, self.passes).better(plain)
+        size = unit.double().square()  # overflows float32 for weights that do not
         d = (rows.d * unit).clamp(max=D_LIMIT)
         square, square_error = rows.w.square().sum(1), rows.e.square().sum(1)
 
         def undamped(cost: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-            return (cost - self.damping * squares).clamp(min=0) * size  # as a difference of near equals it may be < 0
+            return (cost - self.percdamp * squares).clamp(min=0) * size  # rounding can make the difference negative
 
         return Encoded(
-            _pack(rows, d, self.books),
+            _pack(rows, d, self.codebooks),
             ((rows.w - rows.e) * (d / rows.d)[:, None]).mT.contiguous(),
             rows.scales,
             square * size,

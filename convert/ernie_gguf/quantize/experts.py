@@ -1,34 +1,29 @@
-"""The experts of a layer: the second moments of their inputs, their encoding, and what they then give to the layer."""
+"""The experts of a layer: the Hessians of their inputs, their encoding, and their output once encoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import linear
 
-from ..errors import EncodeError, ErnieGgufError
+from ..arrays import U8
+from ..errors import ActivationError, EncodeError
 from .encoder import Encoded, Measured, Pipeline
 from .model import Weights, expert_hidden
 from .stats import MatrixStats
 
 SAMPLE = 4096  # tokens that stand for the layer's average
-# What the average weighs, in tokens, for an expert that saw few. On ernie-mini with 4096 tokens of text, a thousand per
-# expert: KL divergence .183 with 32, .176 with 256, .172 with 1024, .175 with 4096.
-LEAN_TOKENS = 1024
-LEAN_BELOW = 16 * LEAN_TOKENS  # the others have a better picture of their own
-
-
-class ActivationError(ErnieGgufError):
-    """The forward pass gave NaN or infinity."""
+# The weight of the layer's average, in tokens, for an expert that saw few. On ernie-mini with 4096 tokens of text, a
+# thousand per expert: KL divergence .183 with 32, .176 with 256, .172 with 1024, .175 with 4096.
+PRIOR_TOKENS = 1024
+ENOUGH_TOKENS = 16 * PRIOR_TOKENS  # from here on an expert's own inputs say more than the average
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What the experts of a layer get: h float32 [T, hidden]; experts int64 and weights float32 [T, used].
+    """The inputs of a layer's experts: h float32 [T, hidden]; experts int64 and weights float32 [T, used].
 
-    `device` is where the experts are encoded; the tensors are in the computer's memory.
+    `device` is where the experts are encoded. The tensors may be elsewhere.
     """
 
     h: torch.Tensor
@@ -41,42 +36,42 @@ class LayerInput:
         return self.h[:: -(-len(self.h) // SAMPLE)].to(self.device)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its tokens int64 [n], in order, and its weight for each [n]."""
+        """The tokens int64 [n] that an expert gets, in order, and its weight for each [n]."""
         tokens, place = (self.experts == expert).nonzero(as_tuple=True)
         return tokens, self.weights[tokens, place]
 
 
 @dataclass(frozen=True)
 class EncodedExpert:
-    """One expert: ccq2 rows by projection, how good they are, its weighted result y [n, hidden] for `tokens` [n]."""
+    """One expert: ccq2 rows by projection, their errors, and its weighted output y [n, hidden] for `tokens` [n]."""
 
     expert: int
-    data: dict[str, npt.NDArray[np.uint8]]
+    data: dict[str, U8]
     stats: tuple[MatrixStats, ...]
     tokens: torch.Tensor
     y: torch.Tensor
 
 
-def moments(x: torch.Tensor, share: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Second moments [K, K] of an expert's inputs x [n, K]; `share` [n] is its weight in the layer's sum.
+def hessian(x: torch.Tensor, share: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """The Hessian [K, K] of an expert's inputs x [n, K]: the sum of x xᵀ. `share` [n] is its weight in the layer's sum.
 
     A token counts by its share: on ernie-mini the KL divergence is .1352 so, .1391 if all count alike, and .1371 with
-    the shares' squares, although those are what an error is multiplied by in the layer's result.
+    the squares of the shares, although an error reaches the layer's output times the share.
 
-    An expert that saw few tokens leans on its layer's average: its inputs for `sample`, routed to it or not, count as
-    LEAN_TOKENS tokens more. So a dead expert has the average alone.
+    An expert that saw few tokens blends with the layer's average: its inputs for `sample`, whether routed to it or not,
+    count as PRIOR_TOKENS more tokens. An expert that saw none has the average alone.
     """
     n = len(x)
     own = (x * share[:, None]).T @ x
-    if n >= LEAN_BELOW:
+    if n >= ENOUGH_TOKENS:
         return own
     level = share.mean() if n else torch.ones((), device=x.device)
-    return own + LEAN_TOKENS / len(sample) * level * (sample.T @ sample)
+    return own + PRIOR_TOKENS / len(sample) * level * (sample.T @ sample)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What an expert was given: tokens [n] of the layer, their shares [n], its inputs x [n, K]; and the sample's."""
+class _ExpertInput:
+    """One expert's input: tokens [n] of the layer, their shares [n], x [n, K]; and the sample's x [m, K]."""
 
     expert: int
     tokens: torch.Tensor
@@ -86,7 +81,7 @@ class _Seen:
 
 
 class ExpertEncoder:
-    """Encodes the experts of one layer, some at a time."""
+    """Encodes the experts of one layer, a few at a time."""
 
     def __init__(self, weights: Weights, layer: int, inputs: LayerInput, pipeline: Pipeline) -> None:
         self._weights = weights
@@ -107,32 +102,32 @@ class ExpertEncoder:
             f"{name}, expert {expert}",
         )
 
-    def _seen(self, expert: int) -> _Seen:
+    def _input(self, expert: int) -> _ExpertInput:
         inputs = self._inputs
         tokens, share = inputs.routed(expert)
-        # Of an expert that does not lean, none: its hidden values would be computed for nothing.
-        sample = inputs.sample() if len(tokens) < LEAN_BELOW else inputs.h[:0].to(inputs.device)
-        return _Seen(expert, tokens, share.to(inputs.device), inputs.h[tokens].to(inputs.device), sample)
+        # An expert that does not blend needs no sample, nor its hidden values.
+        sample = inputs.sample() if len(tokens) < ENOUGH_TOKENS else inputs.h[:0].to(inputs.device)
+        return _ExpertInput(expert, tokens, share.to(inputs.device), inputs.h[tokens].to(inputs.device), sample)
 
-    def _encode(self, projections: Sequence[str], seen: Sequence[_Seen]) -> Encoded:
-        """Matrices with the same inputs, one below the other, of several experts."""
-        h = torch.stack([moments(each.x, each.share, each.sample) for each in seen])
-        for each, finite in zip(seen, torch.isfinite(h).all(2).all(1).tolist(), strict=True):
+    def _encode(self, projections: Sequence[str], inputs: Sequence[_ExpertInput]) -> Encoded:
+        """Encode several experts' matrices; an expert's projections share their inputs and are stacked."""
+        h = torch.stack([hessian(each.x, each.share, each.sample) for each in inputs])
+        for each, finite in zip(inputs, torch.isfinite(h).all(2).all(1).tolist(), strict=True):
             if not finite:
                 raise ActivationError(
                     f"layer {self._layer}, expert {each.expert}: the inputs of {projections[0]}_proj are not finite "
                     "for the calibration text; the checkpoint's weights before it are damaged, or overflow float32"
                 )
-        w = [torch.cat([self._load(projection, each.expert) for projection in projections]) for each in seen]
+        w = [torch.cat([self._load(projection, each.expert) for projection in projections]) for each in inputs]
         return self._pipeline.encode(torch.stack(w), h)
 
-    def _stats(self, projection: str, seen: _Seen, k: int, measured: Measured) -> MatrixStats:
+    def _stats(self, projection: str, given: _ExpertInput, k: int, measured: Measured) -> MatrixStats:
         return MatrixStats(
             self._layer,
             projection,
-            seen.expert,
+            given.expert,
             weights=measured.rows * k,
-            tokens=len(seen.tokens),
+            tokens=len(given.tokens),
             error=measured.error,
             metric_error=measured.metric_error,
             plain_metric_error=measured.plain_metric_error,
@@ -140,24 +135,24 @@ class ExpertEncoder:
         )
 
     def encode(self, experts: Sequence[int]) -> list[EncodedExpert]:
-        """gate and up, which share their inputs, then down on what the encoded gate and up give it."""
-        outside = [self._seen(expert) for expert in experts]
-        up_gate = self._encode(("gate", "up"), outside)
+        """Encode gate and up, which share their inputs; then down, for what the encoded gate and up give it."""
+        inputs = [self._input(expert) for expert in experts]
+        up_gate = self._encode(("gate", "up"), inputs)
         _, rows, hidden = up_gate.value.shape
         width = rows // 2
-        inside = []
-        for seen, (gate, up) in zip(outside, up_gate.value.unflatten(1, (2, width)), strict=True):
-            x, sample = (expert_hidden(each, gate, up) for each in (seen.x, seen.sample))
-            inside.append(replace(seen, x=x, sample=sample))
-        down = self._encode(("down",), inside)
+        down_inputs = []
+        for given, (gate, up) in zip(inputs, up_gate.value.unflatten(1, (2, width)), strict=True):
+            x, sample = (expert_hidden(each, gate, up) for each in (given.x, given.sample))
+            down_inputs.append(replace(given, x=x, sample=sample))
+        down = self._encode(("down",), down_inputs)
         out = []
-        for b, seen in enumerate(inside):
+        for b, given in enumerate(down_inputs):
             data = {"gate": up_gate.data[b][:width], "up": up_gate.data[b][width:], "down": down.data[b]}
             stats = (
-                self._stats("gate", seen, hidden, up_gate.measure(b, 0, width)),
-                self._stats("up", seen, hidden, up_gate.measure(b, width, rows)),
-                self._stats("down", seen, width, down.measure(b, 0, hidden)),
+                self._stats("gate", given, hidden, up_gate.measure(b, 0, width)),
+                self._stats("up", given, hidden, up_gate.measure(b, width, rows)),
+                self._stats("down", given, width, down.measure(b, 0, hidden)),
             )
-            y = linear(seen.x, down.value[b]) * seen.share[:, None]
-            out.append(EncodedExpert(seen.expert, data, stats, seen.tokens, y))
+            y = linear(given.x, down.value[b]) * given.share[:, None]
+            out.append(EncodedExpert(given.expert, data, stats, given.tokens, y))
         return out

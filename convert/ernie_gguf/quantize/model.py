@@ -1,9 +1,8 @@
 """The pieces of ERNIE-4.5's forward pass in torch, float32 throughout, one decoder layer's weights in memory at a time.
 
-Weights come from a conversion's plan, by their GGUF names: whatever the plan understands (-PT or -Paddle, fused or
-not, any float type) runs, and a tensor is what `convert` would write. The caller goes through the layers, and through
-the experts of each: they are what it quantizes. Nothing here depends on the order of atomics, so the same inputs on
-one machine give the same bytes; the caller keeps TF32 off.
+Weights come from a conversion's plan, by their GGUF names, so every checkpoint that `convert` reads runs here. The
+caller loops over the layers and over the experts of each, which it quantizes. Nothing depends on the order of atomics,
+so the same inputs on one machine give the same bytes; the caller keeps TF32 off.
 
 Shapes: T tokens, S sequences of L tokens each, E experts.
 """
@@ -23,11 +22,11 @@ from ..mapping import Part
 from ..plan import Plan
 from ..transform import dequantize
 
-_NORM_MIN = 1e-12  # moe_norm_min of every released checkpoint: weights of no size at all are not divided by 0
+_NORM_MIN = 1e-12  # moe_norm_min of every released checkpoint: all-zero weights are not divided by 0
 
 
 def _widened(values: Values, device: torch.device | str) -> torch.Tensor:
-    """Float32 on the device; bfloat16 travels as it is, and widens there."""
+    """Float32 on the device. bfloat16 is copied as it is and widened there."""
     if not isinstance(values, FloatRows):
         return torch.from_numpy(dequantize(values)).to(device)
     if values.dtype == "BF16":  # its bits, as uint16
@@ -54,7 +53,7 @@ class Weights:
         return _widened(part.source.storage.read(self._reader, part.source, part.row + row, rows), self._device)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, in its shape."""
+        """A whole tensor in its shape."""
         tensor = self._tensors[name]
         return torch.cat([self._read(part, 0, part.rows) for part in tensor.parts]).reshape(tensor.shape)
 
@@ -64,20 +63,20 @@ class Weights:
         return self._read(part, 0, part.rows)
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows [n, K] of a matrix, each read alone."""
+        """Some rows [n, K] of a matrix, read one by one."""
         (part,) = self._tensors[name].parts
         return torch.cat([self._read(part, row, 1) for row in rows])
 
 
 def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """[S, L] int64 -> [S, L, hidden]; reads the rows of the tokens that occur, not the whole table."""
+    """[S, L] int64 -> [S, L, hidden]; reads only the rows of the tokens that occur."""
     used, places = tokens.unique(return_inverse=True)
     table = weights.rows("token_embd.weight", used.tolist())
     return table[places.to(table.device)]
 
 
 def head(weights: Weights, config: ErnieConfig, x: torch.Tensor) -> torch.Tensor:
-    """[..., hidden] after the last layer -> logits [..., vocab]. Holds the whole table."""
+    """[..., hidden] after the last layer -> logits [..., vocab]. Loads the whole table."""
     name = "output.weight" if "output.weight" in weights else "token_embd.weight"
     return linear(rms_norm(x, weights.tensor("output_norm.weight"), config.rms_eps), weights.tensor(name))
 
@@ -98,7 +97,7 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def expert_hidden(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """What `down` gets: [T, hidden] -> [T, width]."""
+    """The input of `down`: [T, hidden] -> [T, width]."""
     return silu(linear(x, gate)) * linear(x, up)
 
 
@@ -115,8 +114,8 @@ class _Mlp:
 class Layer:
     """One decoder layer without its experts.
 
-    With x = attend(x) and h = ffn_norm(x), a dense layer gives x + mlp(h), an MoE layer x + shared(h) + the sum of its
-    experts' results for h, chosen and weighted by route(h).
+    With x = attend(x) and h = ffn_norm(x), a dense layer's output is x + mlp(h); an MoE layer's is x + shared(h) + the
+    sum of its experts' outputs for h, chosen and weighted by route(h).
     """
 
     def __init__(self, weights: Weights, config: ErnieConfig, layer: int) -> None:
@@ -138,12 +137,12 @@ class Layer:
         self._router = load("ffn_gate_inp.weight")
         self._bias = load("exp_probs_b.bias") if self.moe.has_bias else None
         if self._bias is not None and not bool((finite := torch.isfinite(self._bias)).all()):
-            expert = int((~finite).nonzero()[0])  # it would choose experts without leaving a trace in the activations
+            expert = int((~finite).nonzero()[0])  # it would change the routing and leave no trace in the activations
             raise EncodeError(0, expert, f"{self._bias[expert]:g} ranks no expert", f"blk.{layer}.exp_probs_b.bias")
         self._shared = load_mlp("_shexp") if self.moe.shared else None
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """x + attention(norm(x)), causal, every sequence on its own: [S, L, hidden] -> [S, L, hidden]."""
+        """x + attention(norm(x)), causal, each sequence on its own: [S, L, hidden] -> [S, L, hidden]."""
         config = self._config
         normed = rms_norm(x, self._attn_norm, config.rms_eps)
         q, k, v = (linear(normed, w).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for w in self._qkv)
@@ -153,22 +152,22 @@ class Layer:
         return x + linear(heads.transpose(1, 2).flatten(2), self._output)
 
     def ffn_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """What the MLP, the router and the experts get; any shape [..., hidden]."""
+        """The input of the MLP, the router and the experts, [..., hidden]."""
         return rms_norm(x, self._ffn_norm, self._config.rms_eps)
 
     def mlp(self, h: torch.Tensor) -> torch.Tensor:
-        """Of a dense layer: its MLP, [..., hidden] -> [..., hidden]."""
+        """The MLP of a dense layer, [..., hidden] -> [..., hidden]."""
         return self._mlp(h)
 
     def shared(self, h: torch.Tensor) -> torch.Tensor:
-        """Of an MoE layer: its shared experts, [..., hidden] -> [..., hidden]; zeros if it has none."""
+        """The shared experts of an MoE layer, [..., hidden] -> [..., hidden]; zeros if it has none."""
         return torch.zeros_like(h) if self._shared is None else self._shared(h)
 
     def route(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of an MoE layer: h [T, hidden] -> experts int64 [T, used] and their weights [T, used].
+        """The router of an MoE layer: h [T, hidden] -> experts int64 [T, used] and their weights [T, used].
 
-        Experts are chosen by probability plus correction bias, of equals the first; their weights are the bare
-        probabilities over the sum of the chosen.
+        Experts are chosen by probability plus correction bias; ties go to the lowest number. Their weights are the
+        probabilities without the bias, normalised over the chosen.
         """
         probabilities = linear(h, self._router).softmax(-1)  # [T, E]
         scores = probabilities if self._bias is None else probabilities + self._bias

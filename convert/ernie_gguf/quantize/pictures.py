@@ -1,7 +1,7 @@
 """The pictures of a report: PNG bytes from the statistics of the tensors. matplotlib is imported when one is drawn.
 
-The same statistics give the same bytes with the same matplotlib. Colours are those of Okabe and Ito and the map
-viridis, which people who are colour-blind can tell apart; lines differ in their markers too.
+The same statistics give the same bytes with the same matplotlib. Colour-blind readers can tell the colours apart: they
+are Okabe and Ito's and the map viridis. Lines differ in their markers too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import F64
 from .stats import Group, MatrixStats
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Grid = npt.NDArray[np.float64]  # [layers, experts]; NaN where there is no such expert
+Grid = F64  # [layers, experts]; NaN where there is no matrix
 
 _LINES = {"gate": ("#0072B2", "o"), "up": ("#E69F00", "s"), "down": ("#009E73", "^")}  # colour, marker
 _BARS = "#0072B2"
@@ -30,12 +30,12 @@ _WIDTH = 9.0  # inches
 _BAR = 0.15  # inches, width of a colour bar
 _DPI = 120
 _MOST_LABELS = 16  # on an axis
-_MOST_COLOURS = 99.0  # percentile that the colours reach: a few far outliers must not hide the rest
+_MOST_COLOURS = 99.0  # percentile that the colours reach: a few outliers must not hide the rest
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: how it is drawn, and what a reader of report.md is told of it."""
+    """One picture: how it is drawn, and its text in report.md."""
 
     name: str
     title: str
@@ -51,12 +51,12 @@ def _new(height: float) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     out = BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})  # else it names matplotlib's version
+    figure.savefig(out, format="png", metadata={"Software": None})  # by default it names matplotlib's version
     return out.getvalue()
 
 
 def _projections(tensors: Sequence[Group]) -> list[str]:
-    """Those that there are, in the order of the tensors."""
+    """The projections that occur, in the order of the tensors."""
     return list(dict.fromkeys(tensor.projection for tensor in tensors))
 
 
@@ -69,7 +69,7 @@ def _experts(tensors: Sequence[Group]) -> list[int]:
 
 
 def _grid(tensors: Sequence[Group], projection: str, value: Callable[[MatrixStats], float]) -> Grid:
-    """A number per matrix of a projection -> [layers, experts]."""
+    """One number per matrix of a projection: [layers, experts]."""
     rows = {layer: i for i, layer in enumerate(_layers(tensors))}
     columns = {expert: i for i, expert in enumerate(_experts(tensors))}
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -80,7 +80,7 @@ def _grid(tensors: Sequence[Group], projection: str, value: Callable[[MatrixStat
 
 
 def _labels(numbers: Sequence[int]) -> tuple[list[int], list[str]]:
-    """Positions and labels for an axis, every one, every second, every fourth … so that they do not touch."""
+    """Positions and labels for an axis: every one, every second, every fourth …, so that they do not overlap."""
     step = 1
     while len(numbers) > _MOST_LABELS * step:
         step *= 2
@@ -94,7 +94,7 @@ def _plain_axes(axes: Axes) -> None:
 
 
 def error_by_layer(tensors: Sequence[Group]) -> bytes:
-    """Error in the calibration metric over the layers, a line per projection and encoder."""
+    """Error in the calibration metric by layer, a line per projection and encoder."""
     figure = _new(4.5)
     axes = figure.add_subplot()
     layers = _layers(tensors)
@@ -126,10 +126,10 @@ def error_by_layer(tensors: Sequence[Group]) -> bytes:
 
 
 def _heat_map(axes: Axes, grid: Grid, tensors: Sequence[Group], norm: Normalize) -> AxesImage:
-    """Draw a [layers, experts] grid with crosses on the experts that saw no token."""
+    """Draw a [layers, experts] grid with crosses on the experts that got no token."""
     unseen = _grid(tensors, tensors[0].projection, lambda matrix: matrix.tokens) == 0
     image = axes.imshow(grid, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_facecolor("#dddddd")  # shows where there is no number
+    axes.set_facecolor("#dddddd")  # shows where the grid is NaN
     rows, columns = np.nonzero(unseen)
     axes.plot(columns, rows, "X", markersize=6, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8)
     axes.yaxis.set_ticks(*_labels(_layers(tensors)))
@@ -164,7 +164,7 @@ def error_by_expert(tensors: Sequence[Group]) -> bytes:
 
 
 def scale_histograms(tensors: Sequence[Group]) -> bytes:
-    """Share of the groups of 64 weights with each 4-bit scale, a panel per projection."""
+    """How often each 4-bit group scale occurs, a panel per projection."""
     figure = _new(3.4)
     projections = _projections(tensors)
     panels = figure.subplots(1, len(projections), sharey=True, squeeze=False)[0]
@@ -181,7 +181,7 @@ def scale_histograms(tensors: Sequence[Group]) -> bytes:
 
 
 def expert_load(tensors: Sequence[Group]) -> bytes:
-    """Tokens that were routed to each expert, a heat map with logarithmic colours."""
+    """Tokens routed to each expert, a heat map with logarithmic colours."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -195,7 +195,7 @@ def expert_load(tensors: Sequence[Group]) -> bytes:
     image = _heat_map(axes, tokens, tensors, LogNorm(least, max(most, least + 1)))
     axes.set_xlabel("expert")
     axes.set_title("Expert load: calibration tokens, by layer and expert")
-    ticks = np.unique(np.geomspace(least, most, 4).round())  # the ends are the least and the most of all experts
+    ticks = np.unique(np.geomspace(least, most, 4).round())  # from the fewest to the most tokens of any expert
     bar = figure.colorbar(image, ax=axes, aspect=height / _BAR, pad=0.02, fraction=0.05, ticks=ticks)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -207,34 +207,33 @@ PICTURES = (
     Picture(
         "error-by-layer.png",
         "Error by layer",
-        "The error that the calibration text sees in each layer's experts: solid with calibration, dashed the plain "
-        "encoder on the same matrices. The gap is what calibration gains. A solid line at or above its dashed one, or "
-        "a single layer that stands out, is worth a look at that layer in the next picture.\n",
+        "The error in each layer's experts, in the calibration metric: solid with calibration, dashed with the plain "
+        "encoder. The gap is what calibration gains. If a solid line reaches its dashed one, or a single layer stands "
+        "out, look at that layer in the next picture.\n",
         error_by_layer,
     ),
     Picture(
         "error-by-expert.png",
         "Error by layer and expert",
-        "The same error for every expert matrix; each projection has its own range of colours, which the worst "
-        "hundredth of the matrices exceeds. Crosses mark experts that saw no token. Bright single cells are experts "
-        "that 2 bits suit badly or that saw too few tokens (compare the load below), bright rows are hard layers.\n",
+        "The same error for every expert matrix. Each projection has its own range of colours; the worst hundredth of "
+        "the matrices exceeds it. Crosses mark experts that got no token. A bright cell is an expert that 2 bits suit "
+        "badly or that got too few tokens (compare the load below); a bright row is a hard layer.\n",
         error_by_expert,
     ),
     Picture(
         "scales.png",
         "Group scales",
-        "How often each 4-bit scale is used by the groups of 64 weights. Most groups belong between 8 and 15, where a "
-        "step of the scale is small against the scale. A heap at 15 says that the row scale is too small for its "
-        "largest groups, many below 4 that a few outliers took the range, and scale 0 that whole groups became "
-        "zeros.\n",
+        "How often the groups of 64 weights use each 4-bit scale. Most belong between 8 and 15, where one step changes "
+        "the scale little. A peak at 15 means that the row scale is too small for its largest groups, many below 4 "
+        "that a few outliers took the range, scale 0 that whole groups became zeros.\n",
         scale_histograms,
     ),
     Picture(
         "expert-load.png",
         "Expert load",
-        "Calibration tokens that were routed to each expert; the colours are logarithmic, crosses are experts that saw "
-        "none. Experts with few tokens lean on the average of their layer and gain less from calibration. If many are "
-        "dark or crossed out, the text is too short or too far from what the model is used for.\n",
+        "Calibration tokens routed to each expert. Colours are logarithmic; crosses mark experts that got none. "
+        "Experts with few tokens blend with their layer's average and gain less from calibration. If many are dark or "
+        "crossed out, the text is too short or too far from what the model will read.\n",
         expert_load,
     ),
 )

@@ -1,4 +1,4 @@
-"""What a run will do and take, said before it begins."""
+"""What a run will do and need, and whether it can: known before it begins. Needs no torch."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert import Job
-from ..errors import OutputError
+from ..errors import OutputError, QuantizeError
 from ..files import free_bytes
 from ..report import human
 from .needs import Needs
@@ -14,12 +14,27 @@ from .settings import Settings
 from .text import Calibration
 from .workspace import layers_done, partial_path
 
-_FEW_TOKENS = 5000  # per expert; from some 20,000 on more text gains little
+_FEW_TOKENS = 5000  # per expert; above some 20,000, more text gains little
+
+
+def check_source(job: Job) -> None:
+    """Raise QuantizeError unless the checkpoint has experts and stores all weights as floats."""
+    if job.config.moe is None:
+        raise QuantizeError(
+            f"{job.source}: a dense model: ccq2 is for experts, and it has none; use convert --outtype q8_0"
+        )
+    for tensor in job.plan.tensors:
+        for part in tensor.parts:
+            if part.source.storage.quantized:
+                raise QuantizeError(
+                    f"{job.source}: is quantized already: {part.source.name} is {part.source.storage.name}; expected "
+                    "a BF16, F16 or F32 checkpoint. To run it as it is, use convert"
+                )
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A run that is ready to begin."""
+    """A run that has not begun."""
 
     job: Job
     outfile: Path
@@ -31,11 +46,11 @@ class Preview:
     def tokens_per_expert(self) -> int:
         """On average."""
         moe = self.job.config.moe
-        return self.text.chunks.size * moe.used // moe.experts if moe else 0
+        return self.text.sequences.size * moe.used // moe.experts if moe else 0
 
     def json(self) -> dict[str, Any]:
         """For --json; sizes in bytes."""
-        moe, (sequences, length) = self.job.config.moe, self.text.chunks.shape
+        moe, (sequences, length) = self.job.config.moe, self.text.sequences.shape
         return {
             "file": str(self.outfile),
             "bytes": self.job.plan.nbytes,
@@ -55,23 +70,23 @@ class Preview:
 
     def lines(self) -> list[str]:
         """For people."""
-        facts, needs, (sequences, length) = self.json(), self.needs, self.text.chunks.shape
+        facts, needs, (sequences, length) = self.json(), self.needs, self.text.sequences.shape
         gpu = f", {human(needs.device)} on the GPU" if needs.device else ""
         threads = f", threads {self.settings.threads}" if self.settings.device == "cpu" else ""
         out = [
-            f"{facts['layers']} layers, {facts['experts']} experts; of {self.text.tokens:,} tokens of text "
-            f"{sequences:,} sequences of {length:,}, about {self.tokens_per_expert:,} tokens per expert",
+            f"{facts['layers']} layers, {facts['experts']} experts; {sequences:,} sequences of {length:,} tokens "
+            f"from a text of {self.text.tokens:,}, about {self.tokens_per_expert:,} tokens per expert",
             f"needs about {human(needs.memory)} of memory{gpu} and {human(needs.disk)} on the disk (the file: "
             f"{human(self.job.plan.nbytes)}); device {self.settings.device}{threads}",
         ]
         if self.tokens_per_expert < _FEW_TOKENS:
-            out.append("note: that is little text; some 20,000 tokens per expert are a good measure")
+            out.append("note: this is a short text; aim for 20,000 tokens per expert")
         if needs.memory > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
             out.append(f"note: this computer has {human(memory)} of memory; give fewer --threads")
         return out
 
     def check_disk(self) -> None:
-        """Raises OutputError if the disk is too small; what an interrupted run has taken counts as free."""
+        """Raise OutputError if the disk is too small. Space that an interrupted run holds counts as free."""
         partial = partial_path(self.outfile)
         taken = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
         if self.needs.disk > (free := free_bytes(self.outfile.parent)) + taken:

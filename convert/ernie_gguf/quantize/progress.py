@@ -1,4 +1,4 @@
-"""What is shown while the quantizer runs: a bar on a terminal, a line per layer elsewhere; both on stderr."""
+"""Progress on stderr while the quantizer runs: a bar on a terminal, else a line per layer."""
 
 import sys
 import time
@@ -15,18 +15,18 @@ from .run import Listener, Step
 
 
 class Tally:
-    """Counts what is done: weights, rate, time left, and the error so far, weighted by the matrices' sizes."""
+    """Counts the finished weights: rate, time left, and the error so far, averaged over weights."""
 
     def __init__(self, total: int, layers: int) -> None:
         self.total = total
         self.layers = layers
         self.done = 0  # weights
-        self._fresh = 0  # done by this process: an earlier one's time is not known here
+        self._fresh = 0  # done by this process: the rate leaves out what an interrupted run did
         self._begun = time.monotonic()
         self._error, self._plain = 0.0, 0.0
 
     def add(self, step: Step) -> None:
-        """Take in what is finished."""
+        """Count a step."""
         for stats in step.stats:
             self.done += stats.weights
             if step.expert is not None:
@@ -48,12 +48,12 @@ class Tally:
 
 @contextmanager
 def display(job: Job) -> Iterator[Listener]:
-    """A listener for `run.quantize`."""
+    """A listener for `run_quantize`."""
     tally = Tally(sum(tensor.elements for tensor in job.plan.tensors if tensor.is_expert), job.config.layers)
     if not sys.stderr.isatty():
         yield _lines(tally, job.config.moe.experts if job.config.moe else 0)
         return
-    one_line = Column(no_wrap=True, overflow="ellipsis")  # in a narrow window its end is missing
+    one_line = Column(no_wrap=True, overflow="ellipsis")  # in a narrow window its end is cut off
     text = TextColumn("{task.description} {task.fields[text]}", table_column=one_line)
     with Progress(BarColumn(12), TimeElapsedColumn(), text, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("preparing", total=tally.total, text="")
@@ -61,26 +61,26 @@ def display(job: Job) -> Iterator[Listener]:
         def listen(step: Step) -> None:
             tally.add(step)
             if step.expert is None:
-                bar.console.print(_taken_up(step, tally.layers), highlight=False)
-            where = "going on:" if step.expert is None else f"{_place(step, tally.layers)}, expert {step.expert}:"
-            bar.update(task, description=where, completed=tally.done, text=tally.text())
+                bar.console.print(_resumed(step, tally.layers), highlight=False)
+            description = "resuming:" if step.expert is None else f"{_place(step, tally.layers)}, expert {step.expert}:"
+            bar.update(task, description=description, completed=tally.done, text=tally.text())
 
         yield listen
 
 
 def _place(step: Step, layers: int) -> str:
-    return f"layer {step.layer}/{layers - 1}"  # they count from 0, as in the names of tensors
+    return f"layer {step.layer}/{layers - 1}"  # counted from 0, as in tensor names
 
 
-def _taken_up(step: Step, layers: int) -> str:
-    return f"going on where an interrupted run stopped, after {_place(step, layers)}"
+def _resumed(step: Step, layers: int) -> str:
+    return f"resuming an interrupted run after {_place(step, layers)}"
 
 
 def _lines(tally: Tally, experts: int) -> Listener:
     def listen(step: Step) -> None:
         tally.add(step)
         if step.expert is None:
-            sys.stderr.write(f"{_taken_up(step, tally.layers)}\n")
+            sys.stderr.write(f"{_resumed(step, tally.layers)}\n")
         elif step.expert == experts - 1:  # they come in order
             sys.stderr.write(f"{_place(step, tally.layers)}: {tally.text()}\n")
 

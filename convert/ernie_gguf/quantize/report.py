@@ -1,6 +1,6 @@
-"""What `quantize` tells at its end: a table for people, a dictionary for --json, and the folder of --report.
+"""The results of `quantize`: a table for people, a dictionary for --json, and the folder of --report.
 
-A ratio of errors below 1 says that calibration made the error smaller. See `stats` for how errors are put together.
+A ratio below 1 means that calibration made the error smaller. See `stats` for how errors are averaged.
 """
 
 import json
@@ -25,7 +25,7 @@ from .stats import Group, MatrixStats, by_projection, by_tensor
 
 @dataclass(frozen=True)
 class QuantizeSummary:
-    """A finished run. There is at least one matrix; a tensor's matrices are those of its experts."""
+    """A finished run, of at least one matrix. A tensor's matrices are its experts."""
 
     path: Path
     nbytes: int  # of the file
@@ -34,18 +34,18 @@ class QuantizeSummary:
     seconds: float
     tokens: int  # of the calibration text
     device: str
-    settings: dict[str, object]  # what else decides the bytes of the output: seed, passes, damping …
+    settings: dict[str, object]  # what else decides the output: maps, passes, damping, sequence
     matrices: tuple[MatrixStats, ...]
     tensor_bits_per_weight: Mapping[str, float]  # by GGUF tensor, for each in `matrices`
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """A finite number or None: JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _settings(summary: QuantizeSummary) -> dict[str, Any]:
-    """As JSON has them: paths become text."""
+    """Settings as JSON holds them: paths become text."""
     settings: dict[str, Any] = json.loads(json.dumps(summary.settings, default=str))
     return settings
 
@@ -77,7 +77,7 @@ def _expert_json(matrix: MatrixStats) -> dict[str, Any]:
 
 
 def summary_json(summary: QuantizeSummary) -> dict[str, Any]:
-    """Everything, down to the single expert matrix. Numbers that are not finite, and ratios to 0, are null."""
+    """Everything, down to each expert's matrix. Numbers that are not finite, and ratios to 0, are null."""
     return {
         "file": str(summary.path),
         "bytes": summary.nbytes,
@@ -119,7 +119,7 @@ def _cells(group: Group) -> tuple[str, ...]:
 
 
 def _duration(seconds: float) -> str:
-    """12.3 s, or hours, minutes and seconds: 0:30:34."""
+    """Seconds as 12.3 s, or as hours, minutes and seconds: 0:30:34."""
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
@@ -130,22 +130,22 @@ def _style(group: Group) -> str:
 
 
 def _verdicts(summary: QuantizeSummary) -> list[str]:
-    """What a person should know of the errors, a sentence each."""
+    """The errors in three sentences."""
     everything = Group(summary.matrices)
     ratio, worse = everything.ratio, everything.worse
     change = "" if ratio is None else f", ratio {ratio:.3f}"
     experts = {(matrix.layer, matrix.expert): matrix.tokens for matrix in summary.matrices}
     unseen = sum(tokens == 0 for tokens in experts.values())
     return [
-        f"Error in the calibration metric: {everything.metric_error:.4f}, the plain encoder's "
+        f"Error in the calibration metric: {everything.metric_error:.4f}; of the plain encoder: "
         f"{everything.plain_metric_error:.4f}{change}.",
-        f"Worse than with the plain encoder: {worse or 'none'} of {len(summary.matrices):,} expert matrices.",
-        f"Without a token of the calibration text: {unseen or 'none'} of {len(experts):,} experts.",
+        f"Expert matrices worse than with the plain encoder: {worse or 'none'} of {len(summary.matrices):,}.",
+        f"Experts that no calibration token reached: {unseen or 'none'} of {len(experts):,}.",
     ]
 
 
 def summary_table(summary: QuantizeSummary) -> list[Any]:
-    """The end of a run for people: a row per tensor, one per projection for all layers, three sentences, the file."""
+    """The result for people: a row per tensor, a row per projection, three sentences, the file."""
     table = Table(right("layer"), "projection", *map(right, _COLUMNS), box=None)
     for group in by_tensor(summary.matrices):
         table.add_row(str(group.layer), group.projection, *_cells(group), style=_style(group))
@@ -163,12 +163,12 @@ def summary_table(summary: QuantizeSummary) -> list[Any]:
 
 _ABOUT = """\
 Errors are relative: 0 is exact, 1 is as bad as zeros. *Error* is |W - Ŵ|² / |W|². *Metric error* is the same weighted
-by what the calibration text feeds the matrix, tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ and H the second moments of the
-inputs: this is what the encoder makes small. *Plain* is the metric error of the encoder without calibration (with the
-first code map of the pool for all rows), *ratio* the metric error over it. Errors of several experts are means weighted
-by their numbers of weights, ratios are ratios of such means. *Tokens* are the calibration tokens that were routed to an
-expert, *min* and *median* over the experts; *unseen* counts the experts that saw none. `report.json` has the same for
-every expert by itself.
+by the matrix's inputs for the calibration text, tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ and H the Hessian of the
+inputs: this is what the encoder minimises. *Plain* is the metric error of the encoder without calibration (with the
+first code map for all rows), *ratio* the metric error over it. Errors of several experts are means weighted
+by their numbers of weights; ratios are ratios of these means. *Tokens* are the calibration tokens routed to an expert,
+*min* and *median* over the experts; *unseen* counts the experts that got none. `report.json` has the same
+numbers for every expert.
 """
 
 
@@ -180,7 +180,7 @@ def _markdown_table(left: Sequence[str], numbers: Sequence[str], rows: Iterable[
 
 
 def _in_cell(text: str) -> str:
-    """Names of files may hold what would end the cell."""
+    """Escape what would end the cell: file names may hold anything."""
     return " ".join(text.replace("|", "\\|").splitlines())
 
 
@@ -218,15 +218,15 @@ def _file_names() -> tuple[str, ...]:
 
 
 def check_report_folder(folder: Path, overwrite: bool) -> None:
-    """Find out before the long run whether `write_report` will succeed. Leaves nothing behind.
+    """Check before the long run that `write_report` can succeed. Leaves nothing behind.
 
     Raises:
-        OutputError: the folder cannot be made or written, or holds a report and `overwrite` is false.
+        OutputError: the folder cannot be created or written, or holds a report and `overwrite` is false.
         ErnieGgufError: matplotlib is missing.
     """
     place = folder if folder.exists() else folder.parent
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: exists and is no folder; give --report another name")
+        raise OutputError(f"{folder}: exists and is not a folder; give --report another name")
     if not place.is_dir():
         raise OutputError(f"{place}: no such folder; create it first")
     for name in _file_names():
@@ -235,38 +235,38 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     try:
         with TemporaryFile(dir=place):
             pass
-    except OSError as exc:
-        raise OutputError(f"{place}: {exc.strerror}; the report cannot be written there") from exc
+    except OSError as error:
+        raise OutputError(f"{place}: {error.strerror}; the report cannot be written there") from error
     try:
         import matplotlib.figure  # noqa: F401 - a part of the extra
-    except ImportError as exc:
+    except ImportError as error:
         raise ErnieGgufError(
             "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"
-        ) from exc
+        ) from error
 
 
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
-    """Make `folder` if it is not there; if the block fails, what was made goes away."""
-    made = not folder.is_dir()
+    """Create `folder` if it is missing, and remove it again if the block fails."""
+    created = not folder.is_dir()
     try:
-        if made:
+        if created:
             folder.mkdir()
-    except OSError as exc:
-        raise OutputError(f"{folder}: {exc.strerror}; the report was not written") from exc
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; the report was not written") from error
     try:
         yield
     except BaseException:
-        if made:
+        if created:
             folder.rmdir()
         raise
 
 
 def write_report(folder: Path, summary: QuantizeSummary) -> None:
-    """Write report.md, report.json and the pictures into `folder`, all of them or none; those there are replaced.
+    """Write report.md, report.json and the pictures to `folder`, all of them or none, replacing older ones.
 
     Raises:
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be created or written.
     """
     files = {
         "report.md": _markdown(summary).encode(),

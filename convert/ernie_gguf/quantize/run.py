@@ -1,7 +1,7 @@
 """The quantizer from top to bottom: plan, calibration text, layer by layer, file.
 
-Every layer is run once: attention with the checkpoint's weights, then its experts, encoded as they are met. What the
-next layer gets has gone through encoded experts, so that it can make up for what they lost.
+Each layer runs once: attention with the checkpoint's weights, then its experts, which are encoded on the way. The next
+layer gets what the encoded experts give, so it can make up for their errors.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from ..arrays import I32
 from ..ccq2.code_maps import CODE_MAPS
 from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
 from ..convert import Job, file_header, model_name
-from ..errors import ErnieGgufError, OutputError
+from ..errors import ActivationError, OutputError, QuantizeError
 from ..files import check_output, pwrite
 from ..write import data_nbytes, offsets, write_tensors
 from .encoder import Pipeline
-from .experts import ActivationError, EncodedExpert, ExpertEncoder, LayerInput
-from .kernels import kernels_for, make_books
+from .experts import EncodedExpert, ExpertEncoder, LayerInput
+from .kernels import Kernels, make_codebooks
 from .model import Layer, Weights, embed
 from .needs import experts_at_once, fits_device
 from .settings import Settings
@@ -37,18 +37,14 @@ from .workspace import Workspace, partial_path
 _EMBED_TOKENS = 8192  # at once
 _SEQUENCE_TOKENS = {"cpu": 1024, "cuda": 8192}  # tokens that a worker carries through attention at once
 
-# In the file, so that nobody takes it for a plain one: how much text it saw, how many code maps each row could take.
+# Metadata that tells a calibrated file from a plain one: how much text it saw, and how many code maps each row tried.
 TOKENS_KEY = "ernie_gguf.calibration.tokens"
 MAPS_KEY = "ernie_gguf.calibration.maps"
 
 
-class QuantizeError(ErnieGgufError):
-    """The checkpoint has nothing to quantize, or is quantized already."""
-
-
 @dataclass(frozen=True)
 class Step:
-    """Progress: an expert of `layer` is done; without an expert, the layers up to there were, by an interrupted run."""
+    """Progress: an expert of `layer` is done. `expert` is None if an interrupted run had done all layers up to it."""
 
     layer: int
     expert: int | None
@@ -59,8 +55,8 @@ Listener = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished run; `seconds` are with those of the interrupted runs that it took up."""
+class QuantizeResult:
+    """A finished run. `seconds` include the interrupted runs that it resumed."""
 
     path: Path
     nbytes: int
@@ -68,47 +64,29 @@ class Result:
     matrices: tuple[MatrixStats, ...]
 
 
-def check_source(job: Job) -> None:
-    """Raises QuantizeError unless the checkpoint is a MoE in floats."""
-    if job.config.moe is None:
-        raise QuantizeError(
-            f"{job.source}: a dense model: ccq2 is for experts, and it has none; use convert --outtype q8_0"
-        )
-    for tensor in job.plan.tensors:
-        for part in tensor.parts:
-            if part.source.storage.quantized:
-                raise QuantizeError(
-                    f"{job.source}: is quantized already: {part.source.name} is {part.source.storage.name}; expected "
-                    "a BF16, F16 or F32 checkpoint. To run it as it is, use convert"
-                )
-
-
-def _fingerprint(job: Job, chunks: np.ndarray[Any, Any], settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped.
-
-    Device and threads may differ: that changes nothing, or roundings.
-    """
+def _fingerprint(job: Job, sequences: I32, settings: Settings) -> dict[str, Any]:
+    """What must be the same to resume a run. Device and thread count may differ; at most rounding changes."""
     paths = {path for tensor in job.plan.tensors for part in tensor.parts for path in part.source.paths}
     paths |= {path for path in job.source.iterdir() if path.suffix in (".json", ".model")}
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-    kinds = [(tensor.name, tensor.shape, tensor.ggml_type.name) for tensor in job.plan.tensors]
+    types = [(tensor.name, tensor.shape, tensor.ggml_type.name) for tensor in job.plan.tensors]
 
     def digest(value: object) -> str:
         return hashlib.sha256(repr(value).encode()).hexdigest()
 
     return {
         "checkpoint": digest((model_name(job.source), files)),
-        "tensor types": digest(kinds),
-        "calibration text": digest((chunks.shape, hashlib.sha256(chunks.tobytes()).hexdigest())),
-        "settings": {"maps": settings.maps, "passes": settings.passes, "damping": settings.damping},
+        "tensor types": digest(types),
+        "calibration text": digest((sequences.shape, hashlib.sha256(sequences.tobytes()).hexdigest())),
+        "settings": {"maps": settings.maps, "passes": settings.passes, "damping": settings.percdamp},
     }
 
 
 @dataclass(frozen=True)
 class _Attended:
-    """Some sequences before a layer's experts: out [T, hidden] lacks their results.
+    """Some sequences before a layer's experts: `out` [T, hidden] is the layer's output without theirs.
 
-    `routed` is None in a dense layer, else what the experts get: h [T, hidden], experts and weights [T, used].
+    `routed` is the experts' input, h [T, hidden], experts and weights [T, used]; None in a dense layer.
     """
 
     out: torch.Tensor
@@ -116,7 +94,7 @@ class _Attended:
 
 
 def _attend(layer: Layer, x: torch.Tensor) -> _Attended:
-    """A decoder layer without its experts, x [S, L, hidden]."""
+    """Run a decoder layer up to its experts, x [S, L, hidden]."""
     attended = layer.attend(x).flatten(0, 1)
     h = layer.ffn_norm(attended)
     if layer.moe is None:
@@ -125,76 +103,83 @@ def _attend(layer: Layer, x: torch.Tensor) -> _Attended:
 
 
 class _Run:
-    """One run: the open files and what they are used with."""
+    """One run: its settings, weights, folder and threads."""
 
-    def __init__(self, job: Job, settings: Settings, reader: ShardReader, work: Workspace, workers: Workers) -> None:
+    def __init__(  # noqa: PLR0917 - an object each
+        self, job: Job, settings: Settings, kernels: Kernels, reader: ShardReader, work: Workspace, workers: Workers
+    ) -> None:
         self.job = job
         self.settings = settings
         self.weights = Weights(job.plan, reader, settings.device)
         self.work = work
         self.workers = workers
-        books = make_books(CODE_MAPS[: settings.maps], settings.device)
-        kernels = kernels_for(settings.device)
-        self.pipeline = Pipeline(books, workers.stoppable(kernels), settings.passes, settings.damping)
+        codebooks = make_codebooks(CODE_MAPS[: settings.maps], settings.device)
+        self.pipeline = Pipeline(codebooks, workers.stoppable(kernels), settings.passes, settings.percdamp)
 
     def layer(self, number: int, x: torch.Tensor, out: torch.Tensor) -> Iterator[EncodedExpert]:
-        """Carry the activations x [S, L, hidden] through a layer into `out`; gives each expert as it is encoded."""
+        """Carry the activations x [S, L, hidden] through a layer into `out`; yield each expert once it is encoded."""
         layer = Layer(self.weights, self.job.config, number)
         flat_out = out.flatten(0, 1)  # [T, hidden], the same memory
         inputs = None if layer.moe is None else self._inputs(len(flat_out), layer.moe)
         self._attention(layer, number, x, flat_out, inputs)
         if layer.moe is not None and inputs is not None:
             encoder = ExpertEncoder(self.weights, number, inputs, self.pipeline)
-            gained = torch.zeros_like(inputs.h) if inputs.h.is_cuda else flat_out
+            total = torch.zeros_like(inputs.h) if inputs.h.is_cuda else flat_out
             for encoded in self._encoded(encoder, layer.moe.experts, inputs):
-                # An expert sees a token once: no two writes to the same place.
-                gained[encoded.tokens.to(gained.device)] += encoded.y.to(gained.device)
+                # An expert gets a token once, so no row is written twice.
+                total[encoded.tokens.to(total.device)] += encoded.y.to(total.device)
                 yield encoded
-            if gained is not flat_out:
-                flat_out += gained.to(flat_out.device)
-        _check_finite(flat_out, number, "what it gives is")
+            if total is not flat_out:
+                flat_out += total.to(flat_out.device)
+        _check_finite(flat_out, number, "its output is")
 
     def _inputs(self, tokens: int, moe: MoeConfig) -> LayerInput:
-        """Room for what the experts of a layer get: on the GPU if little of its memory is enough, else in a file."""
+        """Room for the input of a layer's experts: on the GPU if that takes little of its memory, else in a file."""
         shape, device = (tokens, self.job.config.hidden), self.settings.device
-        if fits_device(8 * tokens * self.job.config.hidden, device):  # and for what they give
+        if device == "cuda" and fits_device(8 * tokens * self.job.config.hidden, _free_gpu_bytes()):  # input and output
             h = torch.empty(shape, device=device)
         else:
-            h = self.work.mapped("scratch.f32", shape, new=True)
+            h = torch.from_numpy(self.work.mapped("scratch.f32", shape, new=True))
         chosen = torch.empty(tokens, moe.used, dtype=torch.int64, device=h.device)
         return LayerInput(h, chosen, torch.empty(tokens, moe.used, device=h.device), device)
 
     def _attention(
         self, layer: Layer, number: int, x: torch.Tensor, out: torch.Tensor, inputs: LayerInput | None
     ) -> None:
-        """Fill `out` [T, hidden] but for the experts' part, and `inputs`."""
+        """Fill `out` [T, hidden] except for the experts' part, and `inputs`."""
         device, length = self.settings.device, x.shape[1]
         step = max(1, _SEQUENCE_TOKENS[device] // length)
         calls = (partial(_attend, layer, x[s : s + step].to(device)) for s in range(0, len(x), step))
         at = 0
         for part in self.workers.in_order(calls):
-            _check_finite(part.out, number, "what attention gives is")
-            here = slice(at, at := at + len(part.out))
-            out[here] = part.out.to(out.device)
+            _check_finite(part.out, number, "the output of attention is")
+            tokens = slice(at, at := at + len(part.out))
+            out[tokens] = part.out.to(out.device)
             if inputs is not None and part.routed is not None:
-                for whole, piece in zip((inputs.h, inputs.experts, inputs.weights), part.routed, strict=True):
-                    whole[here] = piece.to(whole.device)
+                for target, values in zip((inputs.h, inputs.experts, inputs.weights), part.routed, strict=True):
+                    target[tokens] = values.to(target.device)
         if inputs is not None:
             _check_finite(inputs.weights, number, "the router's weights for the experts are")
 
     def _encoded(self, encoder: ExpertEncoder, count: int, inputs: LayerInput) -> Iterator[EncodedExpert]:
-        """All experts in order: on the CPU one per thread, on a GPU as many at once as its memory holds."""
+        """All experts in order: on a CPU one per thread, on a GPU as many at once as its memory holds."""
+        tokens = inputs.experts.numel() // count
         on_cpu = self.settings.device == "cpu"
-        at_once = 1 if on_cpu else experts_at_once(self.job.config, inputs.experts.numel() // count)
+        at_once = 1 if on_cpu else experts_at_once(self.job.config, tokens, _free_gpu_bytes())
         batches = (range(e, min(e + at_once, count)) for e in range(0, count, at_once))
         for batch in self.workers.in_order(partial(encoder.encode, batch) for batch in batches):
             yield from batch
 
 
-def _embed(run: _Run, chunks: torch.Tensor, out: torch.Tensor) -> None:
-    step = max(1, _EMBED_TOKENS // chunks.shape[1])
-    for s in range(0, len(chunks), step):
-        out[s : s + step] = embed(run.weights, chunks[s : s + step]).to(out.device)
+def _free_gpu_bytes() -> int:
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
+def _embed(run: _Run, sequences: torch.Tensor, out: torch.Tensor) -> None:
+    step = max(1, _EMBED_TOKENS // sequences.shape[1])
+    for s in range(0, len(sequences), step):
+        out[s : s + step] = embed(run.weights, sequences[s : s + step]).to(out.device)
 
 
 def _write_expert(fd: int, starts: dict[str, int], layer: int, encoded: EncodedExpert) -> None:
@@ -204,7 +189,7 @@ def _write_expert(fd: int, starts: dict[str, int], layer: int, encoded: EncodedE
 
 
 def _check_finite(x: torch.Tensor, layer: int, what: str) -> None:
-    # A sum is finite if all of its terms are (their squares are far from overflow), and needs no mask of x's size.
+    # The sum is finite if all terms are, since none comes near the limit of float64; it needs no mask of x's size.
     if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
         raise ActivationError(
             f"layer {layer}: {what} not finite for the calibration text; the checkpoint's weights up to there are "
@@ -213,59 +198,64 @@ def _check_finite(x: torch.Tensor, layer: int, what: str) -> None:
 
 
 @contextmanager
-def _short_of_something(outfile: Path) -> Iterator[None]:
-    """Disk, memory or permission that a run lacks, in a line. What is done is kept by then: it is no bad input."""
+def _as_output_errors(outfile: Path) -> Iterator[None]:
+    """Turn a lack of disk, memory or permission into a line. Finished layers are kept; this is not an input error."""
     try:
         yield
     except BrokenPipeError:
-        raise  # of the program's own output
-    except OSError as exc:
-        raise OutputError(f"{exc.filename or outfile}: {exc.strerror or exc}; the model was not written") from exc
-    except torch.cuda.OutOfMemoryError as exc:
+        raise  # our own output: main() handles it
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or outfile}: {error.strerror or error}; the model was not written"
+        ) from error
+    except torch.cuda.OutOfMemoryError as error:
         raise QuantizeError(
-            f"{outfile}: the GPU's memory is not enough; end what else uses it, or give --device cpu; the model was "
-            "not written"
-        ) from exc
-    except RuntimeError as exc:
-        if "not enough memory" in str(exc) or "can't allocate memory" in str(exc):  # torch has no class for it
-            raise MemoryError from exc
+            f"{outfile}: the GPU's memory is too small; stop other programs that use it, or give --device cpu; "
+            "the model was not written"
+        ) from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "can't allocate memory" in str(
+            error
+        ):  # torch has no exception class for it
+            raise MemoryError from error
         raise
 
 
-def quantize(
+def run_quantize(
     job: Job,
     calibration: Calibration,
     settings: Settings,
+    kernels: Kernels,
     outfile: Path,
     *,
     overwrite: bool,
     restart: bool,
     listen: Listener,
-) -> Result:
-    """Make `outfile` of a checkpoint that `check_source` takes; an earlier interrupted run is taken up.
+) -> QuantizeResult:
+    """Quantize a checkpoint that passes `check_source` to `outfile`, or resume an interrupted run.
 
-    Raises an ErnieGgufError for anything wrong with the input, and then leaves nothing behind. If anything else stops
-    it, and a layer is done, the folder `partial_path` is kept.
+    Raises an ErnieGgufError if the input is bad, and then leaves nothing behind. If anything else stops the run after
+    its first layer, it keeps the folder `partial_path`.
     """
     check_output(outfile, overwrite)
-    with _short_of_something(outfile):
-        fingerprint = _fingerprint(job, calibration.chunks, settings)
+    with _as_output_errors(outfile):
+        fingerprint = _fingerprint(job, calibration.sequences, settings)
         with (
             torch.inference_mode(),
             ShardReader() as reader,
             Workspace(partial_path(outfile), fingerprint, restart) as work,
             Workers(settings.device, settings.threads) as workers,
         ):
-            run = _Run(job, settings, reader, work, workers)
-            return _all_layers(run, torch.from_numpy(calibration.chunks).long(), outfile, listen)
+            run = _Run(job, settings, kernels, reader, work, workers)
+            return _all_layers(run, torch.from_numpy(calibration.sequences).long(), outfile, listen)
 
 
-def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener) -> Result:
+def _all_layers(run: _Run, sequences: torch.Tensor, outfile: Path, listen: Listener) -> QuantizeResult:
     job, work, begun, earlier = run.job, run.work, time.monotonic(), run.work.seconds
-    shape = (*chunks.shape, job.config.hidden)
+    shape = (*sequences.shape, job.config.hidden)
     if work.done == 0:
         writer = file_header(job, [job.plan], 0)
-        writer.add_uint32(TOKENS_KEY, chunks.numel())
+        writer.add_uint32(TOKENS_KEY, sequences.numel())
         writer.add_uint32(MAPS_KEY, run.settings.maps)
         work.begin_model(writer, data_nbytes(job.plan))
     with work.open_model() as fd:
@@ -278,19 +268,20 @@ def _all_layers(run: _Run, chunks: torch.Tensor, outfile: Path, listen: Listener
                 lambda _: None,
                 skip=lambda tensor: tensor.is_expert,
             )
-            _embed(run, chunks, work.activations(0, shape, new=True))
+            _embed(run, sequences, torch.from_numpy(work.activations(0, shape, new=True)))
         else:
             listen(Step(work.done - 1, None, tuple(work.stats)))
         starts = offsets(job.plan, work.data_offset)
         for number in range(work.done, job.config.layers):
             layer_begun = time.monotonic()
-            out = work.activations(number + 1, shape, new=True)
+            x = torch.from_numpy(work.activations(number, shape))
+            out = torch.from_numpy(work.activations(number + 1, shape, new=True))
             found: list[MatrixStats] = []
-            for encoded in run.layer(number, work.activations(number, shape), out):
+            for encoded in run.layer(number, x, out):
                 _write_expert(fd, starts, number, encoded)
                 found += encoded.stats
                 listen(Step(number, encoded.expert, encoded.stats))
             work.finish_layer(number, found, time.monotonic() - layer_begun, fd)
         work.publish(fd, outfile)
     seconds = earlier + time.monotonic() - begun
-    return Result(outfile, outfile.stat().st_size, seconds, tuple(work.stats))
+    return QuantizeResult(outfile, outfile.stat().st_size, seconds, tuple(work.stats))

@@ -1,7 +1,7 @@
-"""What is known of each encoded matrix: measured while it is encoded, shown by `report`, kept for a resumed run.
+"""Statistics of each encoded matrix: measured during encoding, shown by `report`, kept for a resumed run.
 
-Errors of several experts are put together as means weighted by their numbers of weights; the ratio of two errors is the
-ratio of their means.
+Errors of several experts are averaged, weighted by their numbers of weights. A ratio of errors is the ratio of the
+averages.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,8 @@ class MatrixStats:
     """One projection of one expert. Errors are relative: 0 is exact, 1 is as bad as zeros.
 
     `error` is |W - Ŵ|² / |W|². `metric_error` is the same in the calibration metric, tr(E H Eᵀ) / tr(W H Wᵀ) with
-    E = W - Ŵ and H the second moments of the inputs; `plain_metric_error` is that of the plain encoder, with one
-    code map for all rows. `tokens` counts the calibration tokens that were routed to the expert, `scales` how many
-    groups have scale 0 … 15.
+    E = W - Ŵ and H the Hessian of the inputs. `plain_metric_error` is that of the plain encoder, with one code map for
+    all rows. `tokens` counts the calibration tokens routed to the expert, `scales` how many groups have scale 0 … 15.
     """
 
     layer: int
@@ -33,19 +32,19 @@ class MatrixStats:
 
     @property
     def tensor(self) -> str:
-        """The GGUF tensor that the matrix is a part of."""
+        """The GGUF tensor that holds the matrix."""
         return f"blk.{self.layer}.ffn_{self.projection}_exps.weight"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that are summed up together: the experts of one tensor, or a projection in all layers."""
+    """Matrices that are summed up together: the experts of one tensor, or one projection in all layers."""
 
     matrices: tuple[MatrixStats, ...]
 
     @property
     def layer(self) -> int:
-        """Of the first matrix: all of a tensor's are the same."""
+        """The layer of the first matrix; a tensor's matrices share it."""
         return self.matrices[0].layer
 
     @property
@@ -60,7 +59,7 @@ class Group:
 
     @property
     def weights(self) -> int:
-        """Of all matrices."""
+        """The number of weights in all matrices."""
         return sum(matrix.weights for matrix in self.matrices)
 
     @property
@@ -85,22 +84,22 @@ class Group:
 
     @property
     def tokens_least(self) -> int:
-        """Tokens of the expert that saw the fewest."""
+        """Tokens of the expert that got the fewest."""
         return min(matrix.tokens for matrix in self.matrices)
 
     @property
     def tokens_median(self) -> float:
-        """Median over the matrices."""
+        """Median of the matrices' tokens."""
         return median(matrix.tokens for matrix in self.matrices)
 
     @property
     def unseen(self) -> int:
-        """Matrices of experts that saw no token."""
+        """Matrices of experts that got no token."""
         return sum(1 for matrix in self.matrices if matrix.tokens == 0)
 
     @property
     def worse(self) -> int:
-        """Matrices with a larger error in the calibration metric than the plain encoder's."""
+        """Matrices whose error in the calibration metric exceeds the plain encoder's."""
         return sum(1 for matrix in self.matrices if matrix.metric_error > matrix.plain_metric_error)
 
     @property
@@ -122,6 +121,6 @@ def by_tensor(matrices: Sequence[MatrixStats]) -> list[Group]:
 
 
 def by_projection(matrices: Sequence[MatrixStats]) -> list[Group]:
-    """One group per projection that there is."""
+    """One group per projection that occurs."""
     groups = (tuple(m for m in matrices if m.projection == projection) for projection in PROJECTIONS)
     return [Group(group) for group in groups if group]
