@@ -92,6 +92,15 @@ def test_dry_run_writes_nothing(quantize: Quantize, small: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_needs_no_torch(small: Path, text: Path, tmp_path: Path) -> None:
+    command = ["quantize", str(small), "--calibration", str(text), "--outfile", str(tmp_path / "out.gguf"), "--dry-run"]
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {command}; from ernie_gguf.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("3 layers, 4 experts; ")
+    assert "; device cpu, threads " in done.stdout
+
+
 def test_a_text_shorter_than_a_sequence(quantize: Quantize, small: Path, tmp_path: Path) -> None:
     plan = json.loads(quantize(small, tmp_path / "out.gguf", "--dry-run", "--json", "--ctx-size", "4096").out)
     assert (plan["sequences"], plan["sequence_tokens"]) == (1, plan["text_tokens"] + 1)

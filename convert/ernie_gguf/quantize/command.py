@@ -90,8 +90,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     from .settings import Settings, choose_device
     from .text import calibration_sequences
 
-    chosen = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
-    types = {name: GgmlType[kind.name] for name, kind in chosen.items() if kind is not None}
+    wanted = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
+    types = {name: GgmlType[float_type.name] for name, float_type in wanted.items() if float_type is not None}
     job = prepare(source, Outtype.CCQ2, text_only, types)
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
@@ -105,7 +105,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     if dry_run:
         show(preview.json() if as_json else preview.lines())
         return
-    from .progress import display
+    from .progress import display  # these need torch
     from .run import run_quantize
 
     kernels, note = _prepared(settings)
