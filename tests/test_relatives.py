@@ -9,32 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 from ernie_gguf.checkpoint.paddle_fp8 import E4M3
-from ernie_gguf.convert import prepare, read_checkpoint, write_gguf
+from ernie_gguf.convert import prepare, read_checkpoint
 from ernie_gguf.errors import CheckpointError, ConfigError
 from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
+from ernie_gguf.gguf_file.reader import GgufFile
 from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
+from support.models import convert, data
 from support.paddle import Quantized, plain, quantized, two_bits_config
 from support.vl import make_vl, vl_config
 
 SPEC = Spec(layers=3, experts=4, heads=6, first_moe=1)
 
 
-def convert(source: Path, outfile: Path, outtype: str = "auto", text_only: bool = False) -> GgufFile:
-    job = prepare(source, Outtype(outtype), text_only)
-    write_gguf(job, outfile, threads=2, overwrite=False, progress=lambda _: None)
-    file = read_gguf(outfile)
+def converted(source: Path, outfile: Path, outtype: str = "auto", text_only: bool = False) -> GgufFile:
+    """A file that `verify` finds nothing wrong with."""
+    file = convert(source, outfile, outtype, text_only=text_only)
     assert all(
         verdict.ok
         for verdict in verify.verify(map_tensors(*read_checkpoint(source, text_only)), file, 2, lambda _: None)
     )
     return file
-
-
-def data(file: GgufFile) -> dict[str, tuple[str, bytes]]:
-    return {tensor.name: (tensor.type_name, file.rows(tensor).tobytes()) for tensor in file.tensors}
 
 
 def wint4(spec: Spec) -> Quantized:
@@ -50,7 +46,7 @@ WINT4_CONFIGS = [
 @pytest.mark.parametrize("quantization", WINT4_CONFIGS)
 def test_wint4(tmp_path: Path, quantization: dict[str, Any]) -> None:
     values = config(SPEC) | {"quantization_config": quantization}
-    file = convert(
+    file = converted(
         write_checkpoint(tmp_path / "ERNIE-4.5-WINT4-Paddle", values, wint4(SPEC).tensors), tmp_path / "out.gguf"
     )
     types = {tensor.name: tensor.type_name for tensor in file.tensors}
@@ -66,7 +62,7 @@ def test_shared_experts_are_dense_linears(tmp_path: Path) -> None:
     made = quantized(SPEC, lambda name: "wint8" if ".mlp.experts." not in name else "wint2")
     quantization = two_bits_config(SPEC, 0)["quantization_config"]
     source = write_checkpoint(tmp_path / "source", config(SPEC) | {"quantization_config": quantization}, made.tensors)
-    types = {tensor.name: tensor.type_name for tensor in convert(source, tmp_path / "out.gguf").tensors}
+    types = {tensor.name: tensor.type_name for tensor in converted(source, tmp_path / "out.gguf").tensors}
     assert (types["blk.1.ffn_up_shexp.weight"], types["blk.1.ffn_up_exps.weight"]) == ("q8_0", "ccq2")
 
 
@@ -97,13 +93,13 @@ def test_block_wise_fp8(tmp_path: Path, block: int) -> None:
         "quantization_config": {"quantization": "block_wise_fp8", "weight_block_size": [block, block]}
     }
     source = write_checkpoint(tmp_path / "source", values, tensors)
-    file = convert(source, tmp_path / "out.gguf", "f32")
+    file = converted(source, tmp_path / "out.gguf", "f32")
     tensor = {tensor.name: tensor for tensor in file.tensors}
     o_proj = file.rows(tensor["blk.2.attn_output.weight"]).view(np.float32)
     assert np.array_equal(o_proj, weights["ernie.layers.2.self_attn.o_proj.weight"])
     up = file.rows(tensor["blk.1.ffn_up_exps.weight"]).view(np.float32)
     assert np.array_equal(up[256:512], weights["ernie.layers.1.mlp.experts.1.up_gate_proj.weight"][256:])
-    assert {t.type_name for t in convert(source, tmp_path / "auto.gguf").tensors} == {"bf16", "f32"}
+    assert {t.type_name for t in converted(source, tmp_path / "auto.gguf").tensors} == {"bf16", "f32"}
 
 
 def test_e4m3() -> None:
@@ -161,9 +157,9 @@ def test_folders_per_gpu_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("paddle", [False, True])
 @pytest.mark.parametrize("outtype", ["auto", "ccq2"])
 def test_the_language_model_of_vl(tmp_path: Path, paddle: bool, outtype: str) -> None:
-    want = convert(make(tmp_path / "text", SPEC), tmp_path / "text.gguf", outtype)
+    want = converted(make(tmp_path / "text", SPEC), tmp_path / "text.gguf", outtype)
     source = make_vl(tmp_path / "vl", replace(SPEC, shards=2), paddle)
-    found = convert(source, tmp_path / "vl.gguf", outtype, text_only=True)
+    found = converted(source, tmp_path / "vl.gguf", outtype, text_only=True)
     assert data(found) == data(want)
     differing = {key for key in found.metadata if found.metadata[key] != want.metadata.get(key)}
     assert differing == {"general.name"}
@@ -189,7 +185,7 @@ def test_vl_without_the_flag(tmp_path: Path) -> None:
 
 def test_text_only_changes_nothing_of_a_text_checkpoint(tmp_path: Path) -> None:
     source = make(tmp_path / "source", SPEC)
-    assert data(convert(source, tmp_path / "a.gguf", text_only=True)) == data(convert(source, tmp_path / "b.gguf"))
+    assert data(converted(source, tmp_path / "a.gguf", text_only=True)) == data(converted(source, tmp_path / "b.gguf"))
 
 
 def test_vl_with_nested_text_config(tmp_path: Path) -> None:
@@ -197,8 +193,8 @@ def test_vl_with_nested_text_config(tmp_path: Path) -> None:
     values = vl_config(SPEC)
     text = {key: values.pop(key) for key in list(values) if key not in ("architectures", "vision_config")}
     (source / "config.json").write_text(json.dumps(values | {"text_config": text}))
-    want = convert(make(tmp_path / "text", SPEC), tmp_path / "text.gguf")
-    assert data(convert(source, tmp_path / "vl.gguf", text_only=True)) == data(want)
+    want = converted(make(tmp_path / "text", SPEC), tmp_path / "text.gguf")
+    assert data(converted(source, tmp_path / "vl.gguf", text_only=True)) == data(want)
 
 
 def test_pt_tensors_are_not_taken_for_paddle_ones() -> None:

@@ -13,15 +13,7 @@ from ernie_llama import Llama
 
 
 @pytest.fixture(scope="session")
-def _library(llama_bin: Path) -> Iterator[None]:
-    """Make the bindings load the library of the build under test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
-        yield
-
-
-@pytest.fixture(scope="session")
-def bf16(_library: None, tiny_bf16_gguf: Path) -> str:
+def bf16(built_library: None, tiny_bf16_gguf: Path) -> str:
     """Path of the BF16 example model."""
     return str(tiny_bf16_gguf)
 

@@ -87,14 +87,6 @@ def defaults(struct: str, fields: dict[str, str]) -> str:
     return f"{struct} {name}(void) {{\n    {struct} result = {{}};\n{lines}    return result;\n}}\n"
 
 
-@pytest.fixture
-def tree(llama_bin: Path) -> Path:
-    tree = Path(os.environ.get("LLAMA_CPP_TREE") or Path(__file__).resolve().parents[2] / "build" / "llama.cpp")
-    if not (tree / "include" / "llama.h").is_file():
-        pytest.skip(f"no llama.cpp tree at {tree}: run `make checkout` or set LLAMA_CPP_TREE")
-    return tree
-
-
 def load(library: Path) -> str:
     environment = {**os.environ, "ERNIE_LLAMA_LIB_PATH": str(library)}
     done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=False, env=environment)
@@ -102,20 +94,20 @@ def load(library: Path) -> str:
     return done.stdout.strip()
 
 
-def test_matching_structs_are_accepted(tree: Path, tmp_path: Path) -> None:
+def test_matching_structs_are_accepted(llama_tree: Path, tmp_path: Path) -> None:
     """Unchanged, the fake library is accepted, so a refusal is due to what a test changes."""
-    assert load(build(tree, tmp_path)) == "ValueError model.gguf does not exist"
+    assert load(build(llama_tree, tmp_path)) == "ValueError model.gguf does not exist"
 
 
-def test_another_version_is_refused(tree: Path, tmp_path: Path) -> None:
-    assert load(build(tree, tmp_path, version="0.6.1")) == (
+def test_another_version_is_refused(llama_tree: Path, tmp_path: Path) -> None:
+    assert load(build(llama_tree, tmp_path, version="0.6.1")) == (
         f"OSError {tmp_path}/libllama.so is not the version of llama.cpp that these bindings need: "
         f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; build that version with `make build`"
     )
 
 
-def test_an_extra_field_at_the_start_is_found_by_the_defaults(tree: Path, tmp_path: Path) -> None:
-    said = load(build(tree, tmp_path, before="int64_t added;"))
+def test_an_extra_field_at_the_start_is_found_by_the_defaults(llama_tree: Path, tmp_path: Path) -> None:
+    said = load(build(llama_tree, tmp_path, before="int64_t added;"))
     assert "its llama_model_default_params gives n_gpu_layers = " in said
     assert "expected -1: llama_model_params has another layout; build that version" in said
 
@@ -123,5 +115,7 @@ def test_an_extra_field_at_the_start_is_found_by_the_defaults(tree: Path, tmp_pa
 @pytest.mark.skipif(
     platform.machine() not in {"x86_64", "AMD64"}, reason="elsewhere the size of a returned struct cannot be seen"
 )
-def test_an_extra_field_at_the_end_is_found_by_the_size(tree: Path, tmp_path: Path) -> None:
-    assert "its llama_model_params has 88 bytes, expected 80" in load(build(tree, tmp_path, after="int64_t added;"))
+def test_an_extra_field_at_the_end_is_found_by_the_size(llama_tree: Path, tmp_path: Path) -> None:
+    assert "its llama_model_params has 88 bytes, expected 80" in load(
+        build(llama_tree, tmp_path, after="int64_t added;")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from ernie_llama import Llama
 from ernie_llama.llama_types import CreateCompletionResponse
+from support.models import llama_completion
 
 pytestmark = pytest.mark.build
 
@@ -58,28 +58,22 @@ def test_greedy_text_is_that_of_single_steps(llm: Llama) -> None:
     assert llm.detokenize(tokens).decode() == expected
 
 
-def llama_completion(llama_bin: Path, model: Path, prompt: str, *options: str) -> str:
+def continued(llama_bin: Path, model: Path, prompt: str, *options: str) -> str:
     """The text that llama-completion writes after the prompt."""
-    tool, end = str(llama_bin / "llama-completion"), "\n\n"  # the tool's own last output
-    fixed = ["-n", "48", "-c", "512", "-t", "1", "-no-cnv", "--no-display-prompt"]
-    command = [tool, "-m", str(model), "-p", prompt, *fixed, *options]
-    done = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL)
-    printed = done.stdout.decode(errors="replace")
-    assert printed.endswith(end), printed
-    return printed.removesuffix(end)
+    return llama_completion(llama_bin, model, prompt, 48, *options).stdout.removesuffix("\n\n")
 
 
 @pytest.mark.parametrize("gguf", ["tiny_bf16_gguf", "tiny_ccq2_gguf"])
 def test_text_is_that_of_llama_completion(
-    _library: None, llama_bin: Path, request: pytest.FixtureRequest, gguf: str
+    built_library: None, llama_bin: Path, request: pytest.FixtureRequest, gguf: str
 ) -> None:
     model = request.getfixturevalue(gguf)
     sampled = ["--temp", "0.8", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.05", "--seed", "42"]
     with Llama(model, n_threads=1, n_ctx=512) as llm:
         for prompt in PROMPTS:
             greedy = text(llm(prompt, max_tokens=48, temperature=0))
-            assert llama_completion(llama_bin, model, prompt, "--temp", "0") == greedy
-            assert llama_completion(llama_bin, model, prompt, *sampled) == text(llm(prompt, max_tokens=48, seed=42))
+            assert continued(llama_bin, model, prompt, "--temp", "0") == greedy
+            assert continued(llama_bin, model, prompt, *sampled) == text(llm(prompt, max_tokens=48, seed=42))
 
 
 def test_a_seed_repeats_the_text_and_another_changes_it(llm: Llama) -> None:

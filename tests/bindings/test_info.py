@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.build
 
 
-def test_info_names_the_library_its_build_and_its_abilities(_library: None, llama_bin: Path) -> None:
+def test_info_names_the_library_its_build_and_its_abilities(built_library: None, llama_bin: Path) -> None:
     info = ernie_llama.info()
     assert info.path.samefile(llama_bin / "libllama.so")
     assert info.origin == "environment variable ERNIE_LLAMA_LIB_PATH"

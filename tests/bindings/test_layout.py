@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,11 @@ from ernie_llama import _functions, _structs
 
 from .probe import declared_layout, measured_layout, source
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    tree = Path(os.environ.get("LLAMA_CPP_TREE") or CHECKOUT / "build" / "llama.cpp")
-    if not (tree / "include" / "llama.h").is_file():
-        pytest.skip(f"no llama.cpp tree at {tree}: run `make checkout` or set LLAMA_CPP_TREE")
+def measured(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     text = source(_structs.STRUCTS, _structs.CONSTANTS, _functions.FUNCTIONS)
-    return measured_layout(tree, tmp_path_factory.mktemp("probe"), text)
+    return measured_layout(llama_tree, tmp_path_factory.mktemp("probe"), text)
 
 
 @pytest.mark.build

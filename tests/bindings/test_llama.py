@@ -122,7 +122,7 @@ def test_greedy_sample_is_the_largest_logit(llm: Llama) -> None:
     assert llm.sample(temp=0) == int(llm.logits.argmax())
 
 
-def test_missing_folder_and_foreign_files_are_refused(_library: None, tmp_path: Path) -> None:
+def test_missing_folder_and_foreign_files_are_refused(built_library: None, tmp_path: Path) -> None:
     foreign = tmp_path / "model.safetensors"
     foreign.write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"nowhere\.gguf does not exist"):

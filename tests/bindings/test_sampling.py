@@ -12,7 +12,7 @@ import pytest
 from ernie_llama import Llama, LlamaGrammar
 from ernie_llama._sampler import Sampling
 
-from .test_completion import PROMPT, PROMPTS, llama_completion, text
+from .test_completion import PROMPT, PROMPTS, continued, text
 
 pytestmark = pytest.mark.build
 
@@ -30,9 +30,7 @@ GRAMMAR = 'root ::= "yes" | "no, " [a-z]{3,8} "."'
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_text_is_that_of_llama_completion(
-    llm: Llama, llama_bin: Path, bf16: str, options: dict[str, float | str]
-) -> None:
+def test_text_is_that_of_continued(llm: Llama, llama_bin: Path, bf16: str, options: dict[str, float | str]) -> None:
     names = {"mirostat": "mirostat_mode", "typical_p": "typical_p"}
     flags = {"typical_p": "--typical", "mirostat_tau": "--mirostat-ent", "mirostat_eta": "--mirostat-lr"}
     ours = {names.get(name, name): value for name, value in options.items()}
@@ -43,7 +41,7 @@ def test_text_is_that_of_llama_completion(
     ]
     for prompt in PROMPTS[:2]:
         mine = text(llm(prompt, max_tokens=48, seed=42, **ours))  # type: ignore[call-overload]  # the same
-        written = llama_completion(llama_bin, Path(bf16), prompt, "--seed", "42", *theirs)
+        written = continued(llama_bin, Path(bf16), prompt, "--seed", "42", *theirs)
         assert written.removesuffix(" [end of text]\n") == mine
 
 

@@ -12,13 +12,14 @@ from ernie_gguf.ccq2.rows import dequantize_rows
 from ernie_gguf.checkpoint import storage
 from ernie_gguf.checkpoint.config import parse_config
 from ernie_gguf.checkpoint.shards import TensorHeader
-from ernie_gguf.convert import ConvertResult, prepare, write_gguf
+from ernie_gguf.convert import prepare
 from ernie_gguf.errors import EncodeError, PlanError
 from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor, read_gguf
+from ernie_gguf.gguf_file.reader import GgufFile, GgufTensor
 from ernie_gguf.plan import Plan, make_plan
 from ernie_gguf.transform import Inexact
 from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
+from support.models import convert, convert_with_result, data
 from support.paddle import (
     INT4_END,
     TWO_BITS,
@@ -35,15 +36,6 @@ SPEC = Spec(layers=2, experts=3, heads=6, tied=False)  # attention wider than th
 F32 = npt.NDArray[np.float32]
 
 
-def convert(source: Path, outfile: Path, outtype: str = "auto", threads: int = 2) -> tuple[GgufFile, ConvertResult]:
-    result = write_gguf(prepare(source, Outtype(outtype)), outfile, threads, overwrite=False, progress=lambda _: None)
-    return read_gguf(outfile), result
-
-
-def data(file: GgufFile) -> dict[str, tuple[str, bytes]]:
-    return {tensor.name: (tensor.type_name, file.rows(tensor).tobytes()) for tensor in file.tensors}
-
-
 def headers(tensors: dict[str, Stored]) -> dict[str, TensorHeader]:
     return {
         name: TensorHeader(name, tensor.dtype, tensor.shape, Path("model.safetensors"), 0, len(tensor.data))
@@ -53,17 +45,17 @@ def headers(tensors: dict[str, Stored]) -> dict[str, TensorHeader]:
 
 @pytest.mark.parametrize("outtype", ["auto", "f32", "f16", "q8_0", "q4_0", "ccq2"])
 def test_pt_and_paddle_are_one(tmp_path: Path, outtype: str) -> None:
-    want, _ = convert(make(tmp_path / "pt", SPEC), tmp_path / "pt.gguf", outtype)
+    want = convert(make(tmp_path / "pt", SPEC), tmp_path / "pt.gguf", outtype)
     for name, raw in (("paddle", False), ("raw", True)):
         source = make_plain(tmp_path / name, replace(SPEC, shards=3, mtp=True), raw)
-        found, _ = convert(source, tmp_path / f"{name}.gguf", outtype)
+        found = convert(source, tmp_path / f"{name}.gguf", outtype)
         assert data(found) == data(want)
 
 
 def test_pt_and_paddle_are_one_for_dense_models(tmp_path: Path) -> None:
     spec = Spec(architecture="Ernie4_5_ForCausalLM", layers=2, heads=6)
-    want, _ = convert(make(tmp_path / "pt", spec), tmp_path / "pt.gguf")
-    found, _ = convert(make_plain(tmp_path / "paddle", spec), tmp_path / "paddle.gguf")
+    want = convert(make(tmp_path / "pt", spec), tmp_path / "pt.gguf")
+    found = convert(make_plain(tmp_path / "paddle", spec), tmp_path / "paddle.gguf")
     assert data(found) == data(want)
 
 
@@ -133,7 +125,7 @@ def meant(made: Quantized, spec: Spec, name: str) -> F32:
 
 def test_two_bits_is_repacked_exactly(two_bits: tuple[Path, Quantized], tmp_path: Path) -> None:
     source, made = two_bits
-    file, result = convert(source, tmp_path / "out.gguf")
+    file, result = convert_with_result(source, tmp_path / "out.gguf")
     types = {tensor.name: tensor.type_name for tensor in file.tensors}
     assert types["token_embd.weight"] == types["output.weight"] == "bf16"
     assert types["blk.0.ffn_up.weight"] == types["blk.3.attn_q.weight"] == "q8_0"
@@ -159,15 +151,15 @@ def test_two_bits_is_repacked_exactly(two_bits: tuple[Path, Quantized], tmp_path
 @pytest.mark.parametrize("scale_shape", ["1n", "n1"])
 def test_shapes_of_per_channel_vectors(two_bits: tuple[Path, Quantized], tmp_path: Path, scale_shape: str) -> None:
     make_two_bits(tmp_path / "source", scale_shape=scale_shape)
-    found, _ = convert(tmp_path / "source", tmp_path / "a.gguf")
-    want, _ = convert(two_bits[0], tmp_path / "b.gguf")
+    found = convert(tmp_path / "source", tmp_path / "a.gguf")
+    want = convert(two_bits[0], tmp_path / "b.gguf")
     assert data(found) == data(want)
 
 
 def test_absent_super_scales_mean_one(tmp_path: Path) -> None:
     spec = replace(TWO_BITS, layers=2, experts=2, shards=1)
     made = make_two_bits(tmp_path / "source", spec, int4_end=0, supers=False)
-    file, _ = convert(tmp_path / "source", tmp_path / "out.gguf")
+    file = convert(tmp_path / "source", tmp_path / "out.gguf")
     tensor = next(tensor for tensor in file.tensors if tensor.name == "blk.1.ffn_down_exps.weight")
     assert np.array_equal(dequantized(file, tensor), meant(made, spec, tensor.name))
     assert np.abs(dequantized(file, tensor)).max() > 100
@@ -176,7 +168,7 @@ def test_absent_super_scales_mean_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outtype", ["f32", "bf16"])
 def test_two_bits_to_floats(two_bits: tuple[Path, Quantized], tmp_path: Path, outtype: str) -> None:
     source, made = two_bits
-    file, result = convert(source, tmp_path / "out.gguf", outtype)
+    file, result = convert_with_result(source, tmp_path / "out.gguf", outtype)
     assert result.inexact == {}
     for name in ("blk.0.ffn_down.weight", "blk.1.ffn_gate_exps.weight", "blk.3.ffn_up_exps.weight"):
         tensor = next(tensor for tensor in file.tensors if tensor.name == name)
@@ -207,7 +199,7 @@ def test_a_scale_beyond_f16_is_reported_or_refused(tmp_path: Path) -> None:
     scale = np.full(256, 2.0**-10, np.float32)
     scale[7] = 2.0**-20 * 1.0078125  # f16's smallest numbers are 2^-24 apart: 16.125 of them
     write_checkpoint(tmp_path / "small", values, made.tensors | {name: store(scale, "BF16")})
-    _, result = convert(tmp_path / "small", tmp_path / "out.gguf")
+    _, result = convert_with_result(tmp_path / "small", tmp_path / "out.gguf")
     inexact = result.inexact["blk.0.attn_output.weight"]
     assert (inexact.rows, inexact.missed_rows, inexact.rounded_scales) == (256, 0, 1)
     assert inexact.scale_error == 0.125 / 16.125

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 from ernie_gguf import cli
 from ernie_gguf import write as execute
-from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.errors import GgufError, OutputError
-from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.gguf_file.split import parse_size, sibling_paths, split_paths, split_sizes
 from ernie_gguf.transform import Inexact
 from gguf import GGUFReader
 from support.checkpoints import EXAMPLE
+from support.models import convert, data
 from support.paddle import TWO_BITS, make_two_bits
 
 
@@ -60,19 +59,12 @@ def test_names() -> None:
     assert sibling_paths(names[0], 12) == names
 
 
-def convert(outfile: Path, limit: int | None, source: Path = EXAMPLE, outtype: Outtype = Outtype.BF16) -> GgufFile:
-    job = prepare(source, outtype)
-    result = write_gguf(job, outfile, threads=2, overwrite=False, progress=lambda _: None, split_max_bytes=limit)
-    assert result.nbytes == sum(path.stat().st_size for path in result.paths)
-    return read_gguf(result.paths[0])
-
-
-def data(file: GgufFile) -> dict[str, bytes]:
-    return {tensor.name: file.rows(tensor).tobytes() for tensor in file.tensors}
+def split(outfile: Path, limit: int | None) -> GgufFile:
+    return convert(EXAMPLE, outfile, "bf16", split_max_bytes=limit)
 
 
 def test_the_files_hold_what_one_would(tmp_path: Path) -> None:
-    whole, parts = convert(tmp_path / "whole.gguf", None), convert(tmp_path / "m.gguf", 3_000_000)
+    whole, parts = split(tmp_path / "whole.gguf", None), split(tmp_path / "m.gguf", 3_000_000)
     assert data(parts) == data(whole)
     assert [tensor.name for tensor in parts.tensors] == [tensor.name for tensor in whole.tensors]
     assert {key: value for key, value in parts.metadata.items() if not key.startswith("split.")} == whole.metadata
@@ -82,7 +74,7 @@ def test_the_files_hold_what_one_would(tmp_path: Path) -> None:
 
 
 def test_the_keys_that_llama_cpp_reads(tmp_path: Path) -> None:
-    convert(tmp_path / "m.gguf", 3_000_000)
+    split(tmp_path / "m.gguf", 3_000_000)
     for number, path in enumerate(sorted(tmp_path.glob("m-*"))):
         reader = GGUFReader(path)
         keys = {key: reader.fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")}
@@ -94,7 +86,7 @@ def test_the_keys_that_llama_cpp_reads(tmp_path: Path) -> None:
 
 def test_every_file_with_ccq2_states_the_layout(tmp_path: Path) -> None:
     make_two_bits(tmp_path / "source", replace(TWO_BITS, layers=3, experts=2))
-    file = convert(tmp_path / "m.gguf", 200_000, tmp_path / "source", Outtype.AUTO)
+    file = convert(tmp_path / "source", tmp_path / "m.gguf", split_max_bytes=200_000)
     assert "ernie_gguf.ccq.inexact_rows" in file.metadata
     holders = {tensor.path for tensor in file.tensors if tensor.type_name == "ccq2"}
     assert len(holders) > 1
@@ -103,7 +95,7 @@ def test_every_file_with_ccq2_states_the_layout(tmp_path: Path) -> None:
 
 
 def test_reading_asks_for_the_first_file_and_all_others(tmp_path: Path) -> None:
-    convert(tmp_path / "m.gguf", 3_000_000)
+    split(tmp_path / "m.gguf", 3_000_000)
     second = tmp_path / "m-00002-of-00005.gguf"
     with pytest.raises(GgufError, match=r"^m-00002-of-00005.gguf: one of 5 files .* give the first, …-00001-of-00005"):
         read_gguf(second)
@@ -130,14 +122,14 @@ def test_a_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(execute, "_write_piece", fail_late)
     with pytest.raises(OutputError, match=r"No space left on device; nothing was written$"):
-        convert(tmp_path / "m.gguf", 3_000_000)
+        split(tmp_path / "m.gguf", 3_000_000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "m-00004-of-00005.gguf").write_text("old")
     with pytest.raises(OutputError, match=r"m-00004-of-00005.gguf: exists already; give --overwrite"):
-        convert(tmp_path / "m.gguf", 3_000_000)
+        split(tmp_path / "m.gguf", 3_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["m-00004-of-00005.gguf"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -77,9 +76,7 @@ def ggml(request: pytest.FixtureRequest, llama_bin: Path, tmp_path_factory: pyte
         return Ggml(base, ctypes.CDLL(str(llama_bin / "libggml-cpu.so")))
     if platform.machine() != "x86_64":
         pytest.skip(f"the {request.param} kernel is for x86-64, this is {platform.machine()}")
-    if (named := os.environ.get("LLAMA_CPP_TREE")) is None:
-        pytest.skip("LLAMA_CPP_TREE does not name the patched tree: run make test")
-    ggml_tree = Path(named) / "ggml"
+    ggml_tree = request.getfixturevalue("llama_tree") / "ggml"
     library = tmp_path_factory.mktemp(request.param) / "libccq.so"
     includes = [f"-I{ggml_tree / folder}" for folder in ("include", "src", "src/ggml-cpu")]
     flags = ["-shared", "-fPIC", "-O2", *INSTRUCTION_SETS[request.param], *includes]

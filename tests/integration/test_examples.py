@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from ernie_llama import Llama
 from support.servers import accepts, free_port, running
 
-pytestmark = pytest.mark.build
+pytestmark = [pytest.mark.build, pytest.mark.usefixtures("built_library")]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROMPT = "def main():"
@@ -28,12 +27,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def example(llama_bin: Path, name: str, *args: str | Path, lines: str = "") -> subprocess.CompletedProcess[str]:
+def example(name: str, *args: str | Path, lines: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", ON_ONE_CORE, str(EXAMPLES / name), *map(str, args)]
-    environment = {**os.environ, "ERNIE_LLAMA_LIB_PATH": str(llama_bin)}
-    done = subprocess.run(
-        command, input=lines, capture_output=True, text=True, check=False, env=environment, timeout=120
-    )
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -43,36 +39,35 @@ def test_every_example_has_a_test() -> None:
     assert names == {"demo.py", "completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py"}
 
 
-def test_demo(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
-    assert tiny_ccq2_gguf.name in example(llama_bin, "demo.py", tiny_ccq2_gguf).stdout
+def test_demo(tiny_ccq2_gguf: Path) -> None:
+    assert tiny_ccq2_gguf.name in example("demo.py", tiny_ccq2_gguf).stdout
 
 
-def test_completion(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
-    printed = example(llama_bin, "completion.py", tiny_ccq2_gguf, PROMPT).stdout
+def test_completion(tiny_ccq2_gguf: Path) -> None:
+    printed = example("completion.py", tiny_ccq2_gguf, PROMPT).stdout
     assert printed.startswith(PROMPT)
     assert printed.rstrip().endswith(("tokens, length)", "tokens, stop)"))
 
 
-def test_streaming_chat(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
-    done = example(llama_bin, "streaming_chat.py", tiny_ccq2_gguf, "def f")
+def test_streaming_chat(tiny_ccq2_gguf: Path) -> None:
+    done = example("streaming_chat.py", tiny_ccq2_gguf, "def f")
     assert len(done.stdout) > 20
     assert done.stderr == ""
 
 
-def test_json_schema(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
-    form = json.loads(example(llama_bin, "json_schema.py", tiny_ccq2_gguf, "Ada Lovelace, born in 1815").stdout)
+def test_json_schema(tiny_ccq2_gguf: Path) -> None:
+    form = json.loads(example("json_schema.py", tiny_ccq2_gguf, "Ada Lovelace, born in 1815").stdout)
     assert list(form) == ["name", "born", "topics"]
     assert isinstance(form["name"], str)
     assert form["born"] is None or isinstance(form["born"], int)
     assert set(form["topics"]) <= {"art", "science", "politics"}
 
 
-def test_batch(llama_bin: Path, tiny_ccq2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch(tiny_ccq2_gguf: Path) -> None:
     prompts = ["def read(", "import ", "class 日本語:"]
-    printed = example(llama_bin, "batch.py", tiny_ccq2_gguf, "# Python\n", lines="\n".join(prompts) + "\n").stdout
+    printed = example("batch.py", tiny_ccq2_gguf, "# Python\n", lines="\n".join(prompts) + "\n").stdout
     answers = [json.loads(line) for line in printed.splitlines()]
     assert [answer["prompt"] for answer in answers] == prompts
-    monkeypatch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
     with Llama(tiny_ccq2_gguf, n_threads=1) as llm:
         for answer in answers:
             own = llm("# Python\n" + answer["prompt"], max_tokens=32, temperature=0, stop=["\n\n"])
@@ -87,6 +82,6 @@ def test_rpc(llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
     port = free_port()
     command: list[str | Path] = [program, "-H", "127.0.0.1", "-p", str(port), "-t", "1"]
     with running(command, tmp_path / "log", lambda: accepts(port)):
-        printed = example(llama_bin, "rpc.py", tiny_ccq2_gguf, f"127.0.0.1:{port}", PROMPT).stdout
+        printed = example("rpc.py", tiny_ccq2_gguf, f"127.0.0.1:{port}", PROMPT).stdout
     assert f"RPC0: 127.0.0.1:{port}\n" in printed
     assert PROMPT in printed

@@ -6,23 +6,21 @@ The bounds are two to four times what was measured; a zeroed correction bias mov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from ernie_gguf.convert import prepare, write_gguf
-from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_llama import Llama, _library
-from reference import specimens
+from ernie_llama import Llama
 from reference.golden import Comparison, Floats, Golden, GoldenPrompt, checkpoint_sha256
+from support.models import convert, logits_of
 
-pytestmark = pytest.mark.build
+pytestmark = [pytest.mark.build, pytest.mark.usefixtures("built_library")]
 
 MODELS = ("ernie-tiny", "ernie-mini", "moe-bias", "moe-fused", "dense")
-Convert = Callable[[str, Outtype], Path]
+Converted = Callable[[str, str], Path]
 
 
 @dataclass(frozen=True)
@@ -51,69 +49,20 @@ BF16 = Bounds(largest=0.15, typical=0.015, routing=0.02)
 Q8_0 = Bounds(largest=0.4, typical=0.1, routing=0.05)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built_library(llama_bin: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
-        yield
-
-
-@pytest.fixture
-def float32_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts keep keys and values in float32 and do not use flash attention, which would round to f16."""
-    library = _library.load()
-    defaults = library.llama_context_default_params
-
-    def exact() -> object:
-        params = defaults()
-        params.type_k = params.type_v = 0  # GGML_TYPE_F32
-        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    monkeypatch.setattr(library, "llama_context_default_params", exact)
-
-
 @pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name == "ernie-mini" and not specimens.MINI.is_dir():
-            pytest.skip(f"{specimens.MINI} does not exist: it is not shipped (ERNIE_MINI may name it)")
-        if name not in made:
-            made[name] = specimens.checkpoint_of(name, tmp_path_factory.mktemp("made"))
-        return made[name]
-
-    return find
-
-
-@pytest.fixture(scope="module")
-def convert(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[str], Path]) -> Convert:
+def converted(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[str], Path]) -> Converted:
     """Convert a model once per type."""
     folder = tmp_path_factory.mktemp("gguf")
 
-    def converted(name: str, outtype: Outtype) -> Path:
-        path = folder / f"{name}-{outtype.value}.gguf"
-        if not path.exists():
-            write_gguf(prepare(checkpoint_of(name), outtype), path, threads=1, overwrite=False, progress=lambda _: None)
-        return path
+    def once(name: str, outtype: str) -> Path:
+        path = folder / f"{name}-{outtype}.gguf"
+        return path if path.exists() else convert(checkpoint_of(name), path, outtype).path
 
-    return converted
-
-
-def logits_of(path: Path, prompts: list[list[int]]) -> list[Floats]:
-    """Logits at every position of each prompt, [n, V]."""
-    found = []
-    with Llama(path, n_ctx=256, n_threads=1, logits_all=True) as llm:
-        for tokens in prompts:
-            llm.reset()
-            llm.eval(tokens)
-            found.append(llm.scores.copy())
-    return found
+    return once
 
 
 def check(golden: Golden, path: Path, bounds: Bounds) -> None:
-    computed = logits_of(path, [prompt.tokens.tolist() for prompt in golden.prompts])
+    computed = logits_of(path, [prompt.tokens.tolist() for prompt in golden.prompts], exact=bounds is EXACT)
     found = [bounds.check(p, rows) for p, rows in zip(golden.prompts, computed, strict=True)]
     # Too few would prove nothing.
     assert sum(f.positions for f in found) >= 0.5 * sum(len(p.tokens) for p in golden.prompts)
@@ -127,24 +76,23 @@ def test_the_checkpoint_is_the_one_the_golden_file_was_made_from(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("float32_cache")
-def test_f32_logits_agree_to_the_last_bits(name: str, convert: Convert) -> None:
-    check(Golden.load(name), convert(name, Outtype.F32), EXACT)
+def test_f32_logits_agree_to_the_last_bits(name: str, converted: Converted) -> None:
+    check(Golden.load(name), converted(name, "f32"), EXACT)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_logits_agree(name: str, convert: Convert) -> None:
-    check(Golden.load(name), convert(name, Outtype.BF16), BF16)
+def test_bf16_logits_agree(name: str, converted: Converted) -> None:
+    check(Golden.load(name), converted(name, "bf16"), BF16)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_q8_0_logits_agree(name: str, convert: Convert) -> None:
-    check(Golden.load(name), convert(name, Outtype.Q8_0), Q8_0)
+def test_q8_0_logits_agree(name: str, converted: Converted) -> None:
+    check(Golden.load(name), converted(name, "q8_0"), Q8_0)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_text_becomes_the_tokens_that_sentencepiece_gives(name: str, convert: Convert) -> None:
-    with Llama(convert(name, Outtype.BF16)) as llm:
+def test_text_becomes_the_tokens_that_sentencepiece_gives(name: str, converted: Converted) -> None:
+    with Llama(converted(name, "bf16")) as llm:
         for prompt in Golden.load(name).prompts:
             if prompt.text is not None:
                 assert llm.tokenize(prompt.text.encode(), add_bos=False) == prompt.tokens.tolist()
@@ -161,13 +109,13 @@ def zero_the_bias(path: Path) -> int:
     return len(biases)
 
 
-@pytest.mark.usefixtures("float32_cache")
-def test_a_zeroed_correction_bias_is_seen(tmp_path: Path, convert: Convert) -> None:
+def test_a_zeroed_correction_bias_is_seen(tmp_path: Path, converted: Converted) -> None:
     path = tmp_path / "zeroed.gguf"
-    path.write_bytes(convert("moe-bias", Outtype.F32).read_bytes())
+    path.write_bytes(converted("moe-bias", "f32").read_bytes())
     assert zero_the_bias(path) == 2
     golden = Golden.load("moe-bias")
-    for prompt, rows in zip(golden.prompts, logits_of(path, [p.tokens.tolist() for p in golden.prompts]), strict=True):
+    computed = logits_of(path, [prompt.tokens.tolist() for prompt in golden.prompts], exact=True)
+    for prompt, rows in zip(golden.prompts, computed, strict=True):
         found = prompt.compare(rows, EXACT.largest)
         # 25,000 times the error of the file as it was, and ten times what bf16 is allowed
         assert found.largest > 0.5
@@ -194,14 +142,17 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[[str
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("float32_cache")
-def test_f32_logits_agree_with_transformers_live(name: str, convert: Convert, fresh: Callable[[str], Golden]) -> None:
-    check(fresh(name), convert(name, Outtype.F32), EXACT)
+def test_f32_logits_agree_with_transformers_live(
+    name: str, converted: Converted, fresh: Callable[[str], Golden]
+) -> None:
+    check(fresh(name), converted(name, "f32"), EXACT)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_logits_agree_with_transformers_live(name: str, convert: Convert, fresh: Callable[[str], Golden]) -> None:
-    check(fresh(name), convert(name, Outtype.BF16), BF16)
+def test_bf16_logits_agree_with_transformers_live(
+    name: str, converted: Converted, fresh: Callable[[str], Golden]
+) -> None:
+    check(fresh(name), converted(name, "bf16"), BF16)
 
 
 @pytest.mark.parametrize("name", MODELS)

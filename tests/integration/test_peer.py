@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tree import pinned
 
 pytestmark = pytest.mark.build
 
-ROOT = Path(__file__).resolve().parents[2]
-SDIST = "llama_cpp_python-0.3.36.tar.gz"
+SDIST = f"llama_cpp_python-{pinned()[0]}.tar.gz"
 
 # Written for llama-cpp-python. Before each call it forgets the last one: what it would keep may change the last bits of
 # the logits. No answer is cut inside a character: llama-cpp-python writes more than max_tokens then.
@@ -86,14 +86,13 @@ print(json.dumps(results, default=float))  # its log probabilities are numpy num
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def peer(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the package llama_cpp."""
     for module in ("diskcache", "jinja2", "numpy", "typing_extensions"):
         pytest.importorskip(module, reason=f"llama-cpp-python needs {module}: pip install -e '.[dev]'")
     if named := os.environ.get("LLAMA_CPP_PYTHON"):
         return Path(named)
-    tree = Path(os.environ.get("LLAMA_CPP_TREE") or ROOT / "build" / "llama.cpp")
-    sdist = tree.parent / SDIST
+    sdist = llama_tree.parent / SDIST
     if not sdist.is_file():
         pytest.skip(f"no {sdist}, and LLAMA_CPP_PYTHON names no folder: llama-cpp-python is not there")
     folder = tmp_path_factory.mktemp("peer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.models import llama_completion
 from support.servers import accepts, free_port, running
 
 pytestmark = pytest.mark.build
@@ -47,39 +47,13 @@ def servers(llama_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield ",".join(f"127.0.0.1:{port}" for port in ports)
 
 
-def completion(llama_bin: Path, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    fixed = [
-        "-p",
-        PROMPTS[0],
-        "-n",
-        "32",
-        "-c",
-        "512",
-        "-t",
-        "1",
-        "--temp",
-        "0",
-        "-no-cnv",
-        "--no-display-prompt",
-        "-v",
-    ]
-    command = [str(llama_bin / "llama-completion"), "-m", str(model), *fixed, *options]
-    for _ in range(5):
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, timeout=120
-        )
-        if done.stdout.endswith("\n\n"):  # its log thread now and then loses the end of the output at exit
-            return done
-    raise AssertionError(f"llama-completion never wrote all of its output; the last was {done.stdout!r}")
-
-
 @pytest.mark.parametrize("gguf", ["tiny_ccq2_gguf", "tiny_bf16_gguf"])
 def test_two_servers_share_the_layers_and_write_the_same(
     llama_bin: Path, request: pytest.FixtureRequest, gguf: str, servers: str
 ) -> None:
     model = request.getfixturevalue(gguf)
-    alone = completion(llama_bin, model)
-    shared = completion(llama_bin, model, "--rpc", servers, "-ngl", "99")
+    alone = llama_completion(llama_bin, model, PROMPTS[0], 32, "--temp", "0")
+    shared = llama_completion(llama_bin, model, PROMPTS[0], 32, "--temp", "0", "-v", "--rpc", servers, "-ngl", "99")
     assert shared.stdout == alone.stdout
     assert len(shared.stdout) > 20
     layers = re.findall(r"layer +\d+ assigned to device (\w+)", shared.stderr)
@@ -89,13 +63,12 @@ def test_two_servers_share_the_layers_and_write_the_same(
 
 
 @pytest.mark.parametrize("gguf", ["tiny_ccq2_gguf", "tiny_bf16_gguf"])
-def test_the_bindings_do_it_too(llama_bin: Path, request: pytest.FixtureRequest, gguf: str, servers: str) -> None:
-    environment = {**os.environ, "ERNIE_LLAMA_LIB_PATH": str(llama_bin)}
-
+@pytest.mark.usefixtures("built_library")
+def test_the_bindings_do_it_too(request: pytest.FixtureRequest, gguf: str, servers: str) -> None:
     def write(where: str) -> subprocess.CompletedProcess[str]:
         # A process of its own: servers stay for the rest of a process.
         command = [sys.executable, "-c", COMPLETE, str(request.getfixturevalue(gguf)), where, *PROMPTS]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
     shared = write(servers)
     assert shared.stdout == write("").stdout

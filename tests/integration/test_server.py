@@ -107,19 +107,12 @@ def serving(model: Path, log: Path, *options: str | Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def _library(llama_bin: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
-        yield
-
-
-@pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve") / "server.log"
 
 
 @pytest.fixture(scope="module")
-def server(_library: None, tiny_ccq2_gguf: Path, log: Path) -> Iterator[Server]:
+def server(built_library: None, tiny_ccq2_gguf: Path, log: Path) -> Iterator[Server]:
     with serving(tiny_ccq2_gguf, log) as server:
         yield server
 
@@ -130,7 +123,7 @@ def client(server: Server) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
-def llm(_library: None, tiny_ccq2_gguf: Path) -> Iterator[Llama]:
+def llm(built_library: None, tiny_ccq2_gguf: Path) -> Iterator[Llama]:
     """The bindings with the server's options."""
     with Llama(tiny_ccq2_gguf, n_ctx=2048, n_threads=1, type_k="q8_0", type_v="q8_0", cache_prompt=False) as llm:
         yield llm
@@ -146,7 +139,7 @@ def test_serve_says_what_it_runs_and_passes_options_through(server: Server, log:
     assert "{% for message in messages %}" in props["chat_template"]
 
 
-def test_a_given_option_replaces_the_default(_library: None, tiny_ccq2_gguf: Path) -> None:
+def test_a_given_option_replaces_the_default(built_library: None, tiny_ccq2_gguf: Path) -> None:
     command = server_command(tiny_ccq2_gguf, ["-ctk", "f16", "--alias=x", "--no-jinja"])
     assert command[-3:] == ["f16", "--alias=x", "--no-jinja"]
     assert "--cache-type-k" not in command
@@ -158,7 +151,7 @@ def test_a_given_option_replaces_the_default(_library: None, tiny_ccq2_gguf: Pat
 
 
 def test_serve_without_a_file_or_a_server_is_a_sentence(
-    _library: None, tiny_ccq2_gguf: Path, llama_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built_library: None, tiny_ccq2_gguf: Path, llama_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ServeError, match=r"nowhere\.gguf does not exist"):
         server_command(tmp_path / "nowhere.gguf", [])
@@ -286,7 +279,7 @@ def test_the_metrics_count(client: OpenAI, server: Server) -> None:
     assert {"predicted_tokens_seconds", "requests_processing", "requests_deferred"} <= set(after)
 
 
-def test_tools(_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
+def test_tools(built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
     """A model that knows nothing of tools makes one call after the other: only the first is sure to be whole."""
     template = tmp_path / "tools.jinja"
     template.write_text(TOOLS_TEMPLATE)
@@ -320,7 +313,7 @@ def chat_command(model: Path) -> list[str]:
     return [*CLI, "chat", str(model), "--temp", "0", "--ctx", "512", "--threads", "1"]
 
 
-def test_chat_answers_lines_until_exit(_library: None, tiny_ccq2_gguf: Path, llm: Llama) -> None:
+def test_chat_answers_lines_until_exit(built_library: None, tiny_ccq2_gguf: Path, llm: Llama) -> None:
     lines = "def f\n\n/reset\nimport os\n/exit\nnever\n"
     done = subprocess.run(
         [*chat_command(tiny_ccq2_gguf), "--system", "You write Python."],
@@ -341,7 +334,7 @@ def test_chat_answers_lines_until_exit(_library: None, tiny_ccq2_gguf: Path, llm
 
 
 def test_chat_ends_at_the_end_of_input_and_refuses_what_is_no_model(
-    _library: None, tiny_ccq2_gguf: Path, tmp_path: Path
+    built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path
 ) -> None:
     done = subprocess.run(
         chat_command(tiny_ccq2_gguf), input="", capture_output=True, text=True, check=True, timeout=60
@@ -356,7 +349,7 @@ def test_chat_ends_at_the_end_of_input_and_refuses_what_is_no_model(
     )
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(_library: None, tiny_ccq2_gguf: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(built_library: None, tiny_ccq2_gguf: Path) -> None:
     """In a terminal, as a user has it."""
     ours, theirs = pty.openpty()
     command = [*CLI, "chat", str(tiny_ccq2_gguf), "--temp", "2", "--ctx", "0", "--threads", "1", "--seed", "1"]

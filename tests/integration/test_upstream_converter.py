@@ -6,16 +6,14 @@ The example checkpoint is compared with a golden file too, for those who have no
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ernie_gguf.convert import prepare, write_gguf
-from ernie_gguf.gguf_file.outtype import Outtype
 from reference import specimens, upstream
 from reference.golden import checkpoint_sha256
 from reference.upstream import OUTTYPES, Contents
+from support.models import convert
 
 # Where we differ, and why. A key that differs and is not here is a bug, and so is a key here that no longer differs.
 NAME = "the folder's name as it is; upstream guesses words and capitals from it"
@@ -34,9 +32,8 @@ EVERYWHERE = {
 }
 
 
-def convert(checkpoint: Path, outtype: str, path: Path) -> Contents:
-    write_gguf(prepare(checkpoint, Outtype(outtype)), path, threads=1, overwrite=False, progress=lambda _: None)
-    return Contents.of(path)
+def contents(checkpoint: Path, outtype: str, path: Path) -> Contents:
+    return Contents.of(convert(checkpoint, path, outtype).path)
 
 
 def differences(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[str | None, str | None]]:
@@ -60,7 +57,7 @@ def test_the_example_is_what_upstream_made_of_it(outtype: str, tmp_path: Path) -
     golden = json.loads(upstream.GOLDEN.read_text())
     assert golden["checkpoint_sha256"] == checkpoint_sha256(specimens.TINY)
     theirs = Contents(**golden["outtypes"][outtype])
-    ours = convert(specimens.TINY, outtype, tmp_path / "ours.gguf")
+    ours = contents(specimens.TINY, outtype, tmp_path / "ours.gguf")
     check(ours, theirs, "{arch}.expert_shared_feed_forward_length")
     assert ours.metadata["ernie4_5-moe.expert_shared_feed_forward_length"] == "UINT32 256"
     assert theirs.metadata["ernie4_5-moe.expert_shared_feed_forward_length"] == "UINT32 384"
@@ -83,15 +80,13 @@ COMBINATIONS = [*((name, "q8_0") for name in LIVE), ("moe-bias", "f32"), ("moe-b
 
 
 @pytest.fixture(scope="session")
-def tree() -> Path:
+def tree(llama_tree: Path) -> Path:
     """A llama.cpp source tree, and a Python that can run its converter."""
     for package in ("torch", "transformers"):
         pytest.importorskip(
             package, reason=f"{package} is not installed (extra `reference`); the golden file is tested"
         )
-    if "LLAMA_CPP_TREE" not in os.environ:
-        pytest.skip("LLAMA_CPP_TREE names no llama.cpp source tree (make test does); the golden file is tested")
-    return Path(os.environ["LLAMA_CPP_TREE"])
+    return llama_tree
 
 
 @pytest.mark.parametrize(("name", "outtype"), COMBINATIONS)
@@ -101,7 +96,7 @@ def test_upstream_makes_the_same_tensors_and_keys(name: str, outtype: str, tree:
     # Upstream cannot read fused names in a MoE checkpoint ("Can not map tensor"): it gets the same numbers, split.
     readable = specimens.make(specimen.split, tmp_path) if specimen.fused and specimen.experts else checkpoint
     theirs = upstream.convert(tree, readable, outtype, tmp_path / "theirs.gguf")
-    check(convert(checkpoint, outtype, tmp_path / "ours.gguf"), theirs, *more)
+    check(contents(checkpoint, outtype, tmp_path / "ours.gguf"), theirs, *more)
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)

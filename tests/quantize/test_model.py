@@ -18,7 +18,7 @@ from ernie_gguf.gguf_file.outtype import Outtype
 from reference import specimens
 from reference.golden import Golden
 from support.checkpoints import F32, Spec, from_bf16, make, to_bf16, weights
-from support.paddle import make_plain, make_two_bits
+from support.paddle import make_plain
 
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`): the forward pass needs it")
 
@@ -47,7 +47,7 @@ def experts_result(weights: Weights, layer: Layer, number: int, h: torch.Tensor)
     return out
 
 
-def logits_of(checkpoint: Path, tokens: list[list[int]], device: str = "cpu") -> F32:
+def torch_logits(checkpoint: Path, tokens: list[list[int]], device: str = "cpu") -> F32:
     """[S, L] -> [S, L, vocab]."""
     with opened(checkpoint, device) as (weights, config):
         x = embed(weights, torch.tensor(tokens))
@@ -64,28 +64,11 @@ def logits_of(checkpoint: Path, tokens: list[list[int]], device: str = "cpu") ->
     return logits
 
 
-@pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name == "ernie-mini" and not specimens.MINI.is_dir():
-            pytest.skip(f"{specimens.MINI} does not exist: it is not shipped (ERNIE_MINI may name it)")
-        if name not in made and name == "two-bits":
-            made[name] = tmp_path_factory.mktemp("made") / name
-            make_two_bits(made[name])
-        elif name not in made:
-            made[name] = specimens.checkpoint_of(name, tmp_path_factory.mktemp("made"))
-        return made[name]
-
-    return find
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_logits(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     """Trained; tied and untied head; with and without bias, shared experts, fused names; dense; all quantized."""
     for prompt in Golden.load(name).prompts:
-        (logits,) = logits_of(checkpoint_of(name), [prompt.tokens.tolist()])
+        (logits,) = torch_logits(checkpoint_of(name), [prompt.tokens.tolist()])
         found = prompt.compare(logits, LARGEST)
         assert found.largest < LARGEST, found
         assert found.wrong_top == [], found
@@ -104,14 +87,14 @@ def test_transformers_live(specimen: specimens.Random | None, tmp_path: Path) ->
     checkpoint = specimens.make(specimen, tmp_path) if specimen else specimens.TINY
     prompts = [ids for _, ids in specimens.prompts(checkpoint)]
     for ids, (want, _) in zip(prompts, transformers_logits(checkpoint, prompts), strict=True):
-        (found,) = logits_of(checkpoint, [ids])
+        (found,) = torch_logits(checkpoint, [ids])
         assert (np.abs(found - want).max(1) / want.std(1)).max() < LARGEST
 
 
 def test_sequences_do_not_see_each_other_nor_what_comes_later() -> None:
     first, second = [5, 300, 17, 299, 4095], [5, 300, 17, 600, 7]
-    both = logits_of(specimens.TINY, [first, second])
-    alone = logits_of(specimens.TINY, [second])
+    both = torch_logits(specimens.TINY, [first, second])
+    alone = torch_logits(specimens.TINY, [second])
     spread = alone.std()
     assert np.abs(both[1] - alone[0]).max() < LARGEST * spread
     assert np.abs(both[0, :3] - both[1, :3]).max() < LARGEST * spread
@@ -120,7 +103,7 @@ def test_sequences_do_not_see_each_other_nor_what_comes_later() -> None:
 
 def test_the_same_input_gives_the_same_bytes() -> None:
     tokens = [[5, 300, 17, 299, 4095], [5, 300, 17, 600, 7]]
-    assert logits_of(specimens.TINY, tokens).tobytes() == logits_of(specimens.TINY, tokens).tobytes()
+    assert torch_logits(specimens.TINY, tokens).tobytes() == torch_logits(specimens.TINY, tokens).tobytes()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; the CPU's results are tested")
@@ -128,7 +111,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 def test_cuda_agrees(specimen: specimens.Random | None, tmp_path: Path) -> None:
     checkpoint = specimens.make(specimen, tmp_path) if specimen else specimens.TINY
     tokens = [specimens.IDS, specimens.IDS[::-1]]
-    want, found, again = (logits_of(checkpoint, tokens, device) for device in ("cpu", "cuda", "cuda"))
+    want, found, again = (torch_logits(checkpoint, tokens, device) for device in ("cpu", "cuda", "cuda"))
     assert (np.abs(found - want).max(-1) / want.std(-1)).max() < 5 * LARGEST
     assert found.tobytes() == again.tobytes()
 

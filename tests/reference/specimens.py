@@ -4,7 +4,7 @@ Two are trained (ernie-tiny, ernie-mini: their correction biases are zero). The 
 for byte the same on every machine: NumPy promises that a bit generator's stream never changes, and the rest is integer
 arithmetic and correctly rounded float32. Each tensor's stream is keyed by its name, so a checkpoint with fused names
 holds the same numbers as its twin with split names. Activations keep their size from layer to layer, as in a trained
-model: that, and the promise above, is what these have over tests/checkpoints.py, whose values need mean nothing.
+model: that, and the promise above, is what these have over support/checkpoints.py, whose values need mean nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from released import TOKENIZER, copy_tokenizer
+from support.checkpoints import Stored, to_bf16, write_safetensors
 
-REPOSITORY = Path(__file__).parents[2]
-TINY = REPOSITORY / "examples" / "ernie-tiny"
-MINI = Path(os.environ.get("ERNIE_MINI", REPOSITORY.parent / "shared" / "ernie-mini"))
+TINY = TOKENIZER  # examples/ernie-tiny
+MINI = Path(os.environ["ERNIE_MINI"]) if os.environ.get("ERNIE_MINI") else None  # not shipped: 60 MB
 
 VOCAB = 4096  # ernie-tiny's tokenizer
 
@@ -88,8 +88,13 @@ RANDOM = {specimen.name: specimen for specimen in (MOE_BIAS, MOE_FUSED, DENSE)}
 
 def checkpoint_of(name: str, folder: Path) -> Path:
     """A model's checkpoint; a random one is written below `folder`."""
-    given = {"ernie-tiny": TINY, "ernie-mini": MINI}
-    return given.get(name) or make(RANDOM[name], folder)
+    if name == "ernie-tiny":
+        return TINY
+    if name == "ernie-mini":
+        if MINI is None:
+            raise FileNotFoundError("ernie-mini is not shipped: ERNIE_MINI must name its folder")
+        return MINI
+    return make(RANDOM[name], folder)
 
 
 def make(specimen: Random, folder: Path) -> Path:
@@ -97,29 +102,14 @@ def make(specimen: Random, folder: Path) -> Path:
     checkpoint = folder / (specimen.name + ("" if specimen.fused else "-split"))
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(json.dumps(config(specimen), indent=2))
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(TINY / name, checkpoint)
-    tensors = weights(specimen)
-    if specimen.fused:
-        tensors = fuse(tensors)
-    write_safetensors(checkpoint / "model.safetensors", tensors)
+    copy_tokenizer(checkpoint)
+    tensors = fuse(weights(specimen)) if specimen.fused else weights(specimen)
+    stored = {
+        name: Stored("BF16" if values.dtype == np.uint16 else "F32", values.shape, values.tobytes())
+        for name, values in tensors.items()
+    }
+    write_safetensors(checkpoint / "model.safetensors", stored)
     return checkpoint
-
-
-def write_safetensors(path: Path, tensors: Arrays) -> None:
-    """Write uint16 as BF16 (safetensors' numpy writer has no bf16) and float32 as F32, in the given order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.nbytes
-        dtype = "BF16" if array.dtype == np.uint16 else "F32"
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(array.tobytes())
 
 
 def config(s: Random) -> dict[str, object]:
@@ -163,9 +153,9 @@ def config(s: Random) -> dict[str, object]:
 
 def weights(s: Random) -> Arrays:
     """All tensors under split names; bf16 as uint16. Linears keep the size of what goes through them (std 1/√K)."""
-    tensors: Arrays = {"model.embed_tokens.weight": bf16(uniform("embed", (VOCAB, s.hidden), std=0.2))}
+    tensors: Arrays = {"model.embed_tokens.weight": to_bf16(uniform("embed", (VOCAB, s.hidden), std=0.2))}
     if not s.tied:
-        tensors["lm_head.weight"] = bf16(uniform("lm_head", (VOCAB, s.hidden), std=0.2))
+        tensors["lm_head.weight"] = to_bf16(uniform("lm_head", (VOCAB, s.hidden), std=0.2))
     tensors["model.norm.weight"] = norm("model.norm", s.hidden)
     for layer in range(s.layers):
         tensors |= block(s, f"model.layers.{layer}", moe=bool(s.experts) and layer >= s.first_moe_layer)
@@ -213,11 +203,11 @@ def mlp(prefix: str, ffn: int, hidden: int) -> Arrays:
 
 
 def linear(prefix: str, rows: int, columns: int) -> Arrays:
-    return {f"{prefix}.weight": bf16(uniform(prefix, (rows, columns), std=columns**-0.5))}
+    return {f"{prefix}.weight": to_bf16(uniform(prefix, (rows, columns), std=columns**-0.5))}
 
 
 def norm(key: str, size: int) -> npt.NDArray[np.uint16]:
-    return bf16(1 + uniform(key, (size,), std=0.2))
+    return to_bf16(1 + uniform(key, (size,), std=0.2))
 
 
 def fuse(tensors: Arrays) -> Arrays:
@@ -241,9 +231,3 @@ def uniform(key: str, shape: tuple[int, ...], std: float) -> npt.NDArray[np.floa
     raw = np.random.Philox(key=seed).random_raw(int(np.prod(shape)))
     centred = (raw >> np.uint64(40)).astype(np.float32) - np.float32(2**23)  # 24 bits: exact
     return (centred * np.float32(std * 3**0.5 / 2**23)).reshape(shape)
-
-
-def bf16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to nearest even and keep the upper half (finite input)."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

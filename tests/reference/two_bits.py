@@ -1,6 +1,6 @@
 """The golden logits of the 2Bits-Paddle fixture: transformers in float32, fed with the weights its bytes mean.
 
-Remake the file (needs the extra `reference`): PYTHONPATH=tests python -m reference.two_bits
+Remake the file (needs the extra `reference`): PYTHONPATH=tests:benchmarks python -m reference.two_bits
 """
 
 from __future__ import annotations

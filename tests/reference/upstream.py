@@ -2,7 +2,7 @@
 
 Remake the golden file (what upstream makes of examples/ernie-tiny, for those who have no torch):
 
-    LLAMA_CPP_TREE=... PYTHONPATH=tests python -m reference.upstream
+    LLAMA_CPP_TREE=... PYTHONPATH=tests:benchmarks:ggml_patch python -m reference.upstream
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gguf
+from tree import pinned
 
 from reference.golden import FOLDER, checkpoint_sha256
 from reference.specimens import TINY
@@ -84,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = {o: asdict(convert(tree, TINY, o, Path(folder) / f"{o}.gguf")) for o in OUTTYPES}
     golden = {
-        "made_with": "convert_hf_to_gguf.py of the llama.cpp in llama-cpp-python 0.3.36",
+        "made_with": f"convert_hf_to_gguf.py of the llama.cpp in llama-cpp-python {pinned()[0]}",
         "checkpoint_sha256": checkpoint_sha256(TINY),
         "outtypes": made,
     }

@@ -14,22 +14,17 @@ from ernie_gguf.ccq2.fit import fit_codes
 from ernie_gguf.checkpoint.quantized import STORAGES
 from ernie_gguf.checkpoint.shards import ShardReader, TensorHeader
 from ernie_gguf.checkpoint.storage import COLUMNS, FIRST_ROW, ROWS, Source
-from ernie_gguf.convert import prepare, read_checkpoint, write_gguf
-from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_gguf.convert import read_checkpoint
 from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
 from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from ernie_gguf.verify import decode
 from ernie_gguf.verify.compare import Verdict
 from support.checkpoints import EXAMPLE, Spec, make, store, write_checkpoint
+from support.models import convert
 from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_kind
 
 SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int4, 2 2-bit
-
-
-def convert(source: Path, outfile: Path, outtype: str = "auto") -> Path:
-    write_gguf(prepare(source, Outtype(outtype)), outfile, threads=1, overwrite=False, progress=lambda _: None)
-    return outfile
 
 
 def verdicts(source: Path, file: Path) -> dict[str, Verdict]:
@@ -46,7 +41,7 @@ def wrong(source: Path, file: Path) -> list[str]:
 def two_bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     make_two_bits(folder / "source", SMALL)
-    return folder / "source", convert(folder / "source", folder / "good.gguf")
+    return folder / "source", convert(folder / "source", folder / "good.gguf").path
 
 
 def test_an_exact_repack_is_exact(two_bits: tuple[Path, Path]) -> None:
@@ -82,7 +77,7 @@ def test_an_unknown_storage_is_an_error_and_never_read_as_plain_rows() -> None:
 
 @pytest.mark.parametrize("outtype", ["f32", "bf16", "f16", "q8_0", "q4_0", "ccq2"])
 def test_every_type_is_within_what_it_explains(tmp_path: Path, outtype: str) -> None:
-    found = verdicts(EXAMPLE, convert(EXAMPLE, tmp_path / "out.gguf", outtype))
+    found = verdicts(EXAMPLE, convert(EXAMPLE, tmp_path / "out.gguf", outtype).path)
     assert [name for name, verdict in found.items() if not verdict.ok] == []
     experts = found["blk.1.ffn_up_exps.weight"]
     assert experts.exact == (outtype in ("f32", "bf16"))
@@ -91,12 +86,12 @@ def test_every_type_is_within_what_it_explains(tmp_path: Path, outtype: str) -> 
 
 @pytest.mark.parametrize("outtype", ["f32", "q8_0", "q4_0", "bf16"])
 def test_two_bits_in_other_types(two_bits: tuple[Path, Path], tmp_path: Path, outtype: str) -> None:
-    assert wrong(two_bits[0], convert(two_bits[0], tmp_path / "out.gguf", outtype)) == []
+    assert wrong(two_bits[0], convert(two_bits[0], tmp_path / "out.gguf", outtype).path) == []
 
 
 def test_paddle_columns(tmp_path: Path) -> None:
     source = make_plain(tmp_path / "source", Spec(layers=2, experts=2, heads=6), raw_uint16=True)
-    assert wrong(source, convert(source, tmp_path / "out.gguf")) == []
+    assert wrong(source, convert(source, tmp_path / "out.gguf").path) == []
 
 
 CCQ, INT4, INT8 = "blk.2.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight", "blk.0.attn_q.weight"
@@ -182,7 +177,7 @@ def unmapped(tmp_path: Path) -> tuple[Path, Path]:
     codes[::2, 9] = bad
     made.tensors[module + "quant_weight"] = replace(made.tensors[module + "quant_weight"], data=codes.tobytes())
     write_checkpoint(tmp_path / "source", two_bits_config(SMALL, 1), made.tensors)
-    return tmp_path / "source", convert(tmp_path / "source", tmp_path / "out.gguf")
+    return tmp_path / "source", convert(tmp_path / "source", tmp_path / "out.gguf").path
 
 
 def test_rows_that_miss_a_code_are_counted_and_explained(unmapped: tuple[Path, Path]) -> None:
