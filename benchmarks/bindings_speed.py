@@ -1,9 +1,9 @@
 """What the bindings cost: tokens per second against llama-bench, time to first token, import, memory after load.
 
-python benchmarks/bindings_speed.py FILE.gguf ... [--threads N] [--rounds N]
+    python benchmarks/bindings_speed.py FILE.gguf ... [--threads N] [--rounds N]
 
-llama-bench only evaluates tokens; the bindings also choose them and make text of them, in a stream as a user has it.
-Both run in turn, so that other work on the machine meets both.
+llama-bench only evaluates tokens. The bindings also sample them and stream the text, as a user's program does. Both run
+in turn, so that other work on the machine affects both.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def main() -> None:
         f"first token of {options.prompt}, ms",
         "loaded MB",
         "after a token MB",
-        title=f"{options.threads} threads, {options.generate} tokens; import of ernie_llama: {importing * 1e3:.0f} ms",
+        title=f"threads: {options.threads}, tokens: {options.generate}; import of ernie_llama: {importing * 1e3:.0f} ms",
     )
     for each in speeds:
         table.add_row(

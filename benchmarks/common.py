@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -49,7 +49,7 @@ def add_llama_cpp(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rounds(parser: argparse.ArgumentParser, default: int | None) -> None:
-    """--rounds: how often everything is measured, in turn, so that a slow minute of the machine meets all."""
+    """--rounds: how often everything is measured, in turn, so that a slow minute of the machine affects all alike."""
     text = "times that everything runs, in turn"
     parser.add_argument("--rounds", type=positive, default=default, help=f"{text} (default: {default or 'by device'})")
 
@@ -60,7 +60,7 @@ def add_threads(parser: argparse.ArgumentParser, default: int | None = None) -> 
 
 
 def add_folder(parser: argparse.ArgumentParser, room: str) -> None:
-    """--folder: where large files go for a while."""
+    """--folder: where the script keeps large files while it runs."""
     parser.add_argument("--folder", type=Path, help=f"work in a new folder in here (default: TMPDIR); needs {room}")
 
 
@@ -73,7 +73,7 @@ def positive(text: str) -> int:
 
 
 def our_command() -> Path:
-    """`ernie-gguf` of the Python that runs this script; leaves if it is not installed."""
+    """`ernie-gguf` of the Python that runs this script; exits if it is not installed."""
     command = Path(sys.executable).parent / "ernie-gguf"
     if not command.exists():
         sys.exit(f"{command} not found: install the project into the Python that runs this (pip install -e .)")
@@ -141,8 +141,13 @@ def _memory(pid: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
+def leave(command: Sequence[str | Path], code: int, output: str) -> NoReturn:
+    """Exit with the end of the output of a command that failed."""
+    sys.exit(f"{shlex.join(map(str, command))}\nended with {code}:\n{output[-3000:]}")
+
+
 def run_observed(command: Sequence[str | Path]) -> Run:
-    """Run a command to its end; if it fails, leave with its error output. Its output is kept in memory until then."""
+    """Run a command to its end; if it fails, exit with its output."""
     with tempfile.TemporaryFile() as output:
         begin = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -155,8 +160,7 @@ def run_observed(command: Sequence[str | Path]) -> Run:
         watch.join()
         if process.returncode:
             output.seek(0)
-            said = output.read().decode(errors="replace")[-4000:]
-            sys.exit(f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{said}")
+            leave(command, process.returncode, output.read().decode(errors="replace"))
     return Run(wall, usage.ru_utime + usage.ru_stime, watch.peak_rss, watch.peak_anonymous)
 
 
@@ -171,11 +175,11 @@ def median_run(runs: Sequence[Run]) -> Run:
 
 
 def llama_bench(folder: Path, model: Path, *options: str) -> list[dict[str, Any]]:
-    """The rows that llama-bench of this build prints as JSON; if it fails, leave with its error output."""
+    """The rows that llama-bench of this build prints as JSON; if it fails, exit with its error output."""
     command: list[str | Path] = [folder / "llama-bench", "-m", model, "-o", "json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
+        leave(command, done.returncode, done.stderr)
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 

@@ -2,9 +2,9 @@
 
     python benchmarks/convert_full_size.py --folder FOLDER [--dense 1 --int4 1 --ccq 2]
 
-makes a checkpoint of so many layers of each kind (random codes, scales and code maps of a plausible model) and runs,
-several times interleaved: `cp` of its files, `ernie-gguf convert` and, once, `ernie-gguf verify`. What an earlier run
-wrote is flushed before the next begins, outside the time. A dry run of all 54 layers (headers over holes) is timed too.
+makes a checkpoint with that many dense, int4 and 2-bit layers (plausible random codes, scales and code maps). It runs
+`cp` of its files and `ernie-gguf convert` in turn, several times, then `ernie-gguf verify` once. Output is flushed to
+the disk between runs, outside the measured time. A dry run of all 54 layers, headers over holes, is timed too.
 """
 
 import os
@@ -32,7 +32,7 @@ from rich.table import Table
 
 
 def timed(command: list[str | Path], made: Path) -> Run:
-    """Run a command that makes a file or folder, and take that away."""
+    """Run a command that makes a file or folder, then remove it."""
     run = run_observed(command)
     if made.is_dir():
         shutil.rmtree(made)

@@ -2,10 +2,10 @@
 
     python benchmarks/convert_speed.py --upstream TREE --upstream-python PYTHON_WITH_TORCH
 
-makes a checkpoint of the layer shapes of ERNIE-4.5-21B-A3B (as many layers as fit `--size`) and runs, several times
-interleaved: cp of its shards, `ernie-gguf convert --outtype bf16`, and convert_hf_to_gguf.py --outtype bf16 of a
-llama.cpp tree. The checkpoint is in the page cache; what an earlier run wrote is flushed (sync) before the next begins,
-outside the time. ccq2 is measured apart on one MoE layer: it is bound by computing, not by copying.
+makes a checkpoint with the layers of ERNIE-4.5-21B-A3B, as many as fit `--size`. It runs in turn, several times: cp of
+its shards, `ernie-gguf convert --outtype bf16`, and convert_hf_to_gguf.py --outtype bf16 of a llama.cpp tree. The
+checkpoint is in the page cache. Output is flushed to the disk between runs, outside the measured time. ccq2 is measured
+apart, on one MoE layer: computing limits it, not copying.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 A map (M, Z) turns a code byte into four weights, so it is a codebook of 256 points in four dimensions. A row takes the
 map that suits it best, so a pool should hold maps that are good by themselves and err at different places. Random maps
-of two kinds are screened by their mean squared error on Gaussian weights: affine ones (the codes step through the
-15 bits once) and ones that wrap around many times. The best of each kind then compete to be added, one after another,
+of two families are screened by their mean squared error on Gaussian weights: affine ones (the codes step through the
+15 bits once) and ones that wrap around many times. The best of each family then compete to be added, one after another,
 to the pool: the winner is the one that lowers most the mean over rows of the error of the row's best map.
 
 Five minutes on one core.
@@ -27,7 +27,7 @@ AFFINE_M = 2**32 / 256 * np.array([0.93, 0.95])  # 256 codes times M stay within
 
 
 def candidates(count: int, rng: np.random.Generator) -> Iterator[tuple[str, Map]]:
-    """Random maps, of both kinds in turn."""
+    """Random maps, of both families in turn."""
     for _ in range(count):
         yield "affine", (int(rng.integers(*AFFINE_M.astype(np.int64))), int(rng.integers(2**28)))
         yield "wrapping", (int(rng.integers(2**32)), int(rng.integers(2**32)))
@@ -42,12 +42,12 @@ def errors(y: F32, maps: Map) -> F32:
 
 
 def screen(count: int, keep: int, rng: np.random.Generator) -> list[Map]:
-    """The best maps of each kind on a sample of Gaussian weights."""
+    """The best maps of each family on a sample of Gaussian weights."""
     y = rng.standard_normal((2048, 4), np.float32) * np.float32(BOOK_RMS)
     found: dict[str, list[tuple[float, Map]]] = {"affine": [], "wrapping": []}
-    for kind, maps in track(candidates(count, rng), "screening", total=2 * count):
-        found[kind].append((float(errors(y, maps).mean()), maps))
-    return [maps for kind in found.values() for _, maps in sorted(kind)[:keep]]
+    for family, maps in track(candidates(count, rng), "screening", total=2 * count):
+        found[family].append((float(errors(y, maps).mean()), maps))
+    return [maps for scored in found.values() for _, maps in sorted(scored)[:keep]]
 
 
 def row_errors(maps: list[Map], rows: int, weights: int, rng: np.random.Generator) -> F32:
@@ -70,8 +70,8 @@ def main() -> None:
     """Find and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=16, help="maps in the pool")
-    parser.add_argument("--candidates", type=int, default=40000, help="random maps of each kind")
-    parser.add_argument("--finalists", type=int, default=400, help="of each kind that compete")
+    parser.add_argument("--candidates", type=int, default=40000, help="random maps of each family")
+    parser.add_argument("--finalists", type=int, default=400, help="of each family that compete")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--weights", type=int, default=512, help="in a row: the shorter, the more rows differ")
     parser.add_argument("--seed", type=int, default=0)

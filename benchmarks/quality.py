@@ -3,11 +3,11 @@
     python benchmarks/quality.py CHECKPOINT --calibration TEXT --evaluate OTHER_TEXT
     python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests    # make quality
 
-converts the checkpoint to bf16, has llama-perplexity keep its token probabilities on the first `--evaluate-bytes` of
-the evaluation text, and then, type by type, makes a file whose experts have that type and everything else q8_0, and
-measures it against bf16: ccq2 by `ernie-gguf convert` (plain) and `ernie-gguf quantize` (calibrated), llama.cpp's types
-by llama-quantize with an importance matrix from the same calibration text. bf16 and q8_0 throughout are there as
-reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
+converts the checkpoint to bf16 and lets llama-perplexity keep its token probabilities on the first `--evaluate-bytes`
+of the evaluation text. Then, for each type, it makes a file whose experts have that type and everything else q8_0, and
+compares its probabilities with bf16's. `ernie-gguf convert` makes the plain ccq2, `ernie-gguf quantize` the calibrated
+one, and llama-quantize llama.cpp's types, with an importance matrix from the same calibration text. The rows bf16 and
+q8_0 are for reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
 
 A TEXT is a file, or a folder whose Python files are read in the order of their names: examples/ernie-tiny has learnt
 Python, so this repository's own sources serve it. `--only` chooses rows; without torch, leave ccq2-calibrated out.
@@ -33,6 +33,7 @@ from common import (
     add_llama_cpp,
     add_threads,
     benchmark_parser,
+    leave,
     machine,
     our_command,
     positive,
@@ -86,18 +87,18 @@ class Row:
 
 
 def run(command: Sequence[str | Path]) -> str:
-    """What a command printed on both outputs; if it fails, leave with the end of that."""
+    """What a command printed on both outputs; if it fails, exit with the end of that."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     output = done.stdout.decode(errors="replace")
     if done.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}\nended with {done.returncode}:\n{output[-3000:]}")
+        leave(command, done.returncode, output)
     return output
 
 
 def parse_divergence(output: str) -> Divergence:
-    """The figures in the output of llama-perplexity --kl-divergence; leaves if one is missing or is no number."""
+    """The figures in the output of llama-perplexity --kl-divergence; exits if one is missing or not a number."""
     values: list[float] = []
     for name, pattern in FIGURES.items():
         found = re.findall(pattern, output, re.MULTILINE)
@@ -115,7 +116,7 @@ def head(text: bytes, limit: int) -> bytes:
 
 
 def check_types(file: GgufFile, experts: str, others: str) -> None:
-    """Leave unless every expert tensor has type `experts`, every router f32 and every other matrix `others`.
+    """Exit unless every expert tensor has type `experts`, every router f32 and every other matrix `others`.
 
     llama-quantize takes another type, with no more than a warning, where the rows do not fit the one asked for.
     """
@@ -133,7 +134,7 @@ def check_types(file: GgufFile, experts: str, others: str) -> None:
 
 
 def check_imatrix_was_used(output: str) -> None:
-    """Leave if llama-quantize found nothing for an expert tensor in the importance matrix."""
+    """Exit if llama-quantize found nothing for an expert tensor in the importance matrix."""
     missing = re.search(rf"did not find weights for (\S*{re.escape(EXPERTS)}\S*)", output)
     if missing:
         sys.exit(f"llama-imatrix collected nothing for {missing[1]}: give more calibration text")

@@ -1,9 +1,9 @@
 """`ernie-gguf quantize` on layers of the 21B's true shapes: python benchmarks/quantize_model.py --device cuda.
 
-Makes a checkpoint of the dense layer and some MoE layers of ERNIE-4.5-21B-A3B with random weights, quantizes it with
-the text given (or this repository's own, repeated to the length that is asked for) and times its layers. The time for
-all 28 layers is what was measured before the first MoE layer, and 27 times the mean MoE layer: reading the weights,
-attention, moments, encoding and writing are all in it. Random weights spread the tokens over the experts evenly.
+Makes a checkpoint of the dense layer and some MoE layers of ERNIE-4.5-21B-A3B with random weights, quantizes it with a
+text (by default this repository's sources, repeated to the length needed) and times its layers. The time for all 28
+layers is that of everything before the first MoE layer plus 27 times the mean MoE layer: it includes reading weights,
+attention, Hessians, encoding and writing. Random weights spread the tokens evenly over the experts.
 """
 
 import tempfile

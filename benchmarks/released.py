@@ -220,7 +220,7 @@ def bf16_21b(layers: int = SHAPES["21b"].layers) -> Frame:
 
 
 def two_bits_300b(dense: int = 3, int4: int = 4, ccq: int = 47) -> Frame:
-    """ERNIE-4.5-300B-A47B-2Bits-Paddle, or so many layers of each kind, in files of 5 GB."""
+    """ERNIE-4.5-300B-A47B-2Bits-Paddle, or that many dense, int4 and 2-bit layers, in files of 5 GB."""
     shape = replace(SHAPES["300b"], dense=dense, layers=dense + int4 + ccq)
     quantization = {"quantization_config": two_bits_quantization(dense + int4 - 1, shape.layers)}
     return Frame(config(shape, tied=False) | quantization, shards(two_bits_entries(shape, int4), 5 * 10**9))

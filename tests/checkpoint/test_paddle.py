@@ -29,7 +29,7 @@ from support.paddle import (
     plain,
     quantized,
     two_bits_config,
-    two_bits_kind,
+    two_bits_storage,
 )
 
 SPEC = Spec(layers=2, experts=3, heads=6, tied=False)  # attention wider than the hidden size: no matrix of it is square
@@ -194,7 +194,7 @@ def test_pieces_and_threads_do_not_matter(
 def test_a_scale_beyond_f16_is_reported_or_refused(tmp_path: Path) -> None:
     spec = Spec(architecture="Ernie4_5_ForCausalLM", layers=1, heads=6)
     values = config(spec) | {"quantization_config": {"quantization": "wint8"}}
-    made = quantized(spec, two_bits_kind(0))
+    made = quantized(spec, two_bits_storage(0))
     name = "ernie.layers.0.self_attn.o_proj.weight_scale"
     scale = np.full(256, 2.0**-10, np.float32)
     scale[7] = 2.0**-20 * 1.0078125  # f16's smallest numbers are 2^-24 apart: 16.125 of them
@@ -213,7 +213,7 @@ def plan(tensors: dict[str, TensorHeader], values: dict[str, Any] | None = None)
     return make_plan(parse_config(values or two_bits_config(TWO_BITS, INT4_END)), tensors, Outtype.AUTO)
 
 
-HEADERS = headers(quantized(TWO_BITS, two_bits_kind(INT4_END)).tensors)
+HEADERS = headers(quantized(TWO_BITS, two_bits_storage(INT4_END)).tensors)
 CCQ = "ernie.layers.2.mlp.experts.0.down_proj"
 INT8_NAME = "ernie.layers.0.self_attn.o_proj"
 

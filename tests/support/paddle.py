@@ -174,15 +174,15 @@ def add_ccq(
     out.weights[name] = ccq_weights(codes, group_scales, d, cs, cz)
 
 
-def quantized(spec: Spec, kind_of: Callable[[str], str], scale_shape: str = "n", supers: bool = True) -> Quantized:
-    """A checkpoint whose linears are stored as `kind_of(canonical name)` says: bf16, wint8, wint4 or wint2."""
+def quantized(spec: Spec, storage_of: Callable[[str], str], scale_shape: str = "n", supers: bool = True) -> Quantized:
+    """A checkpoint whose linears are stored as `storage_of(canonical name)` says: bf16, wint8, wint4 or wint2."""
     out = Quantized()
     for name, w in weights(replace(spec, fused=True)).items():
-        kind = kind_of(name) if name.endswith("_proj.weight") else "bf16"
-        if kind in ("wint8", "wint4"):
-            bits = 8 if kind == "wint8" else 4
+        storage = storage_of(name) if name.endswith("_proj.weight") else "bf16"
+        if storage in ("wint8", "wint4"):
+            bits = 8 if storage == "wint8" else 4
             add_int(out, spec, name, (w.shape[0], w.shape[1]), bits=bits, scale_shape=scale_shape)
-        elif kind == "wint2":
+        elif storage == "wint2":
             add_ccq(out, spec, name, (w.shape[0], w.shape[1]), scale_shape=scale_shape, supers=supers)
         else:
             dtype = "F32" if name.endswith(EXACT) else "BF16"
@@ -196,15 +196,15 @@ def two_bits_config(spec: Spec, int4_end: int) -> dict[str, Any]:
     return config(spec) | {"quantization_config": two_bits_quantization(int4_end, spec.layers)}
 
 
-def two_bits_kind(int4_end: int) -> Callable[[str], str]:
+def two_bits_storage(int4_end: int) -> Callable[[str], str]:
     """int8 dense linears; experts int4 up to a layer, 2-bit above."""
 
-    def kind_of(name: str) -> str:
+    def storage_of(name: str) -> str:
         if ".mlp.experts." not in name:
             return "wint8"
         return "wint4" if int(name.split(".")[2]) <= int4_end else "wint2"
 
-    return kind_of
+    return storage_of
 
 
 # Layer 0 dense, 1 int4, 2 and 3 2-bit; attention wider than the hidden size.
@@ -216,7 +216,7 @@ def make_two_bits(
     folder: Path, spec: Spec = TWO_BITS, int4_end: int = INT4_END, scale_shape: str = "n", supers: bool = True
 ) -> Quantized:
     """Write a 2Bits-Paddle checkpoint into `folder`."""
-    made = quantized(spec, two_bits_kind(int4_end), scale_shape, supers)
+    made = quantized(spec, two_bits_storage(int4_end), scale_shape, supers)
     write_checkpoint(folder, two_bits_config(spec, int4_end), made.tensors, spec.shards)
     return made
 

@@ -1,7 +1,5 @@
 """Servers on loopback that live as long as a test needs them."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import subprocess

@@ -22,7 +22,7 @@ from ernie_gguf.verify import decode
 from ernie_gguf.verify.compare import Verdict
 from support.checkpoints import EXAMPLE, Spec, make, store, write_checkpoint
 from support.models import convert
-from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_kind
+from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_storage
 
 SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int4, 2 2-bit
 
@@ -161,7 +161,7 @@ def unmappable() -> tuple[np.float32, np.float32]:
 @pytest.fixture
 def unmapped(tmp_path: Path) -> tuple[Path, Path]:
     """A checkpoint with one such channel, whose every code byte occurs; and its GGUF."""
-    made = quantized(SMALL, two_bits_kind(1))
+    made = quantized(SMALL, two_bits_storage(1))
     module = "ernie.layers.2.mlp.experts.1.down_proj."
     cs, cz = unmappable()
     for name, value in (("code_scale", cs), ("code_zp", cz)):
