@@ -139,7 +139,7 @@ def main() -> None:
         f"first token of {options.prompt}, ms",
         "loaded MB",
         "after a token MB",
-        title=f"threads: {options.threads}, tokens: {options.generate}; import of ernie_llama: {importing * 1e3:.0f} ms",
+        title=f"threads: {options.threads}, tokens: {options.generate}; import: {importing * 1e3:.0f} ms",
     )
     for each in speeds:
         table.add_row(

@@ -1,7 +1,6 @@
 """The Python scripts of the patched llama.cpp tree read our files: gguf-py knows the type and its rows."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ from ernie_gguf.gguf_file.reader import read_gguf
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Path:
-    if (tree := os.environ.get("LLAMA_CPP_TREE")) is None:
-        pytest.skip("LLAMA_CPP_TREE names no llama.cpp source tree (make test does)")
-    return Path(tree) / "gguf-py" / "gguf" / "scripts"
+def scripts(llama_tree: Path) -> Path:
+    return llama_tree / "gguf-py" / "gguf" / "scripts"
 
 
 def run(script: Path, *args: str | Path) -> str:
