@@ -117,8 +117,8 @@ test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds wha
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
 
 quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
-	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests \
-	    --llama-cpp $(CPU)/bin
+	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
+	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .

@@ -240,12 +240,20 @@ def save(table: Table, where: dict[str, Any], folder: Path = RESULTS, page: str 
     path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".md")
     heading = f"# {page}" if page else f"# {describe(where)}"
     text = "" if path.exists() else f"{heading}\n"
-    text += f"\n## {table.title or 'results'}\n\n{where['date']}, load {where['load']}: `{command_line()}`\n\n"
+    run = f"{where['date']}, commit {commit()}, load {where['load']}: `{command_line()}`"
+    text += f"\n## {table.title or 'results'}\n\n{run}\n\n"
     if page:
         text += f"{describe(where)}\n\n"
     with path.open("a") as file:
         file.write(text + markdown(table))
     return path
+
+
+def commit() -> str:
+    """The checkout's commit, marked if files differ from it."""
+    command = ("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def command_line() -> str:

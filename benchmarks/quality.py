@@ -1,7 +1,7 @@
 """Quality of 2-bit experts: ccq2, plain and calibrated, beside llama.cpp's own types, each against bf16.
 
     python benchmarks/quality.py CHECKPOINT --calibration TEXT --evaluate OTHER_TEXT
-    python benchmarks/quality.py examples/ernie-tiny --calibration convert bindings --evaluate tests    # make quality
+    python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests  # make quality
 
 converts the checkpoint to bf16 and lets llama-perplexity keep its token probabilities on the first `--evaluate-bytes`
 of the evaluation text. Then, for each type, it makes a file whose experts have that type and everything else q8_0, and
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     names = ", ".join(path.name for path in options.evaluate)
     title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {names}"
-    report(results, table_of(rows, title), options, page=f"quality-{options.checkpoint.name}")
+    report(results, table_of(rows, title), options, page=f"Quality: {options.checkpoint.name}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def table() -> Table:
 
 def test_saved_results_are_a_page_by_machine(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/benchmarks/speed.py", "--layers", "8"])
+    monkeypatch.setattr(common, "commit", lambda: "0a1b2c3")
     path = common.save(table, WHERE, tmp_path / "results")
     assert path.name == "example-cpu-3-ghz-family-1-model-2-2-cores.md"
     first = path.read_text()
@@ -36,7 +37,7 @@ def test_saved_results_are_a_page_by_machine(table: Table, tmp_path: Path, monke
         "",
         "## two speeds",
         "",
-        "2026-01-02T03:04:05+00:00, load 0.5: `python benchmarks/speed.py --layers 8`",
+        "2026-01-02T03:04:05+00:00, commit 0a1b2c3, load 0.5: `python benchmarks/speed.py --layers 8`",
         "",
         "| experts |    tg32 |",
         "|---------|---------|",
@@ -55,10 +56,10 @@ def test_a_gpu_has_a_page_of_its_own(table: Table, tmp_path: Path) -> None:
 
 
 def test_a_named_page_says_the_machine_each_time(table: Table, tmp_path: Path) -> None:
-    path = common.save(table, WHERE, tmp_path, page="quality-ernie-tiny")
+    path = common.save(table, WHERE, tmp_path, page="Quality: ernie-tiny")
     assert path.name == "quality-ernie-tiny.md"
     lines = path.read_text().splitlines()
-    assert lines[0] == "# quality-ernie-tiny"
+    assert lines[0] == "# Quality: ernie-tiny"
     assert "Example CPU @ 3 GHz (family 1 model 2; avx2 avx512f), 2 cores, 16 GiB" in lines
 
 
