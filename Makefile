@@ -20,25 +20,14 @@ LIB   := bindings/ernie_llama/lib
 SEARCH := $(BUILD_DIR)/search/libccq_search.so
 SEARCH_LIB := convert/ernie_gguf/ccq2/lib
 
-TOOLS := llama-server llama-cli llama-completion llama-bench llama-perplexity llama-quantize llama-imatrix \
-         llama-tokenize llama-gguf-split ggml-rpc-server test-backend-ops test-quantize-fns
-CMAKE := cmake -S $(TREE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
-         -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_RPC=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
-# Build in folder $(1) if it or the tree holds something newer than its last build: llama.cpp's own build always has some
-# step to run.
-build_newer = if [ ! -e $(1)/.built ] || [ $(1)/build.ninja -nt $(1)/.built ] || \
-    [ -n "$$(find $(TREE) -newer $(1)/.built -type f -not -path '*/.git/*' -print -quit)" ]; \
-    then cmake --build $(1) -j $(JOBS) --target llama $(TOOLS) && touch $(1)/.built; else echo 'llama.cpp in $(1) is up to date'; fi
-
-# The patched sources that a build follows from.
-SERIES := $(wildcard ggml_patch/*.patch) ggml_patch/series ggml_patch/upstream.txt $(shell find ggml_patch/src -type f)
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
 C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality lint format checkout refresh search quantizer build build-cuda clean require
+.PHONY: help demo test quality lint format checkout refresh search quantizer build build-cuda wheel clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -66,20 +55,11 @@ $(VENV)/.extras-$(EXTRAS): $(BIN)/ernie-gguf
 
 # --- the patched llama.cpp
 
-$(BUILD_DIR)/.patched: $(SERIES) ggml_patch/tree.py | $(BIN)/ernie-gguf
-	@mkdir -p $(BUILD_DIR)
-	$(BIN)/python ggml_patch/tree.py checkout --tree $(TREE) --cache $(BUILD_DIR) $(if $(LLAMA_CPP_SRC),--source $(LLAMA_CPP_SRC))
-	@touch $@
-
-checkout: $(BUILD_DIR)/.patched ## make the llama.cpp tree in BUILD_DIR: upstream, our new files, the patch series
+checkout: | $(BIN)/ernie-gguf ## make the llama.cpp tree in BUILD_DIR: upstream, our new files, the patch series
+	$(ENGINE) --sources-only
 
 refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (one commit per patch)
 	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
-	@touch $(BUILD_DIR)/.patched
-
-$(CPU)/build.ninja: $(BUILD_DIR)/.patched Makefile
-	$(CMAKE) -B $(CPU) $(LLAMA_CMAKE_ARGS) > $(BUILD_DIR)/cmake-cpu.log 2>&1 || { cat $(BUILD_DIR)/cmake-cpu.log; exit 1; }
-	@touch $@
 
 $(SEARCH): convert/ernie_gguf/ccq2/search.cpp
 	@mkdir -p $(@D)
@@ -91,18 +71,16 @@ search: $(SEARCH)
 
 quantizer: $(VENV)/.extras-quantize search ## install what `ernie-gguf quantize` needs (torch), compile its search
 
-build: $(CPU)/build.ninja search ## build llama.cpp with ccq2 for the CPU
-	@$(call build_newer,$(CPU))
+build: search | $(BIN)/ernie-gguf ## build llama.cpp with ccq2 for the CPU
+	$(ENGINE) -- $(LLAMA_CMAKE_ARGS)
 	@ln -sfn $(abspath $(CPU))/bin $(LIB)
 
-$(CUDA)/build.ninja: $(BUILD_DIR)/.patched Makefile
-	$(CMAKE) -B $(CUDA) -DGGML_CUDA=ON '-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)' $(LLAMA_CMAKE_ARGS) \
-	    > $(BUILD_DIR)/cmake-cuda.log 2>&1 || { cat $(BUILD_DIR)/cmake-cuda.log; exit 1; }
-	@touch $@
-
-build-cuda: $(CUDA)/build.ninja ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
-	@$(call build_newer,$(CUDA))
+build-cuda: | $(BIN)/ernie-gguf ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
+	$(ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- $(LLAMA_CMAKE_ARGS)
 	@ln -sfn $(abspath $(CUDA))/bin $(LIB)
+
+wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
+	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
 
 # --- using it
 

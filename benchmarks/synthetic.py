@@ -1,5 +1,6 @@
 """Synthetic GGUF files of ERNIE-4.5 shapes for the speed scripts: random but finite weights, no tokenizer."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -142,8 +143,11 @@ def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     return data.tobytes()
 
 
-def write_model(path: Path, shape: Shape, expert_type: Type) -> Path:
-    """Write one GGUF: random bytes with sane scales, the same ones in tensors of one shape."""
+def write_model(path: Path, shape: Shape, expert_type: Type, holes: bool = False) -> Path:
+    """Write one GGUF: random bytes with sane scales, the same ones in tensors of one shape.
+
+    With `holes` the file has its size but takes no disk: all weights are zero bytes.
+    """
     writer = GGUFWriter(None, ARCH)
     writer.add_block_count(shape.layers)
     writer.add_context_length(4096)
@@ -169,6 +173,9 @@ def write_model(path: Path, shape: Shape, expert_type: Type) -> Path:
         float32 = np.dtype(np.float32)  # whatever is not uint8: the shape is one of weights, not of bytes
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, raw_dtype=tensor.type.id)
     offset = write_header(writer, path)
+    if holes:
+        os.truncate(path, offset + sum(padded(tensor.nbytes) for tensor in planned))
+        return path
     with path.open("r+b") as file:
         for tensor in planned:
             file.seek(offset)

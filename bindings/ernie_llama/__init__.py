@@ -11,9 +11,10 @@ of llama.h that these bindings declare are attributes of this package too, as in
 from typing import Any
 
 from . import llama_cache, llama_chat_format, llama_cpp, llama_speculative, llama_tokenizer, llama_types
+from ._dry_run import DeviceMemory, DryRun, device_memory, dry_run
 from ._engine import LlamaState
 from ._info import Info, info
-from ._library import LibraryNotFoundError, library_path
+from ._library import LibraryNotFoundError, data_folder, has_nvidia_device, library_path
 from ._model import check_gguf
 from ._processors import (
     LogitsProcessor,
@@ -34,6 +35,8 @@ __version__ = "0.3.36"
 __all__ = [
     "BaseLlamaCache",
     "BaseLlamaTokenizer",
+    "DeviceMemory",
+    "DryRun",
     "Info",
     "LibraryNotFoundError",
     "Llama",
@@ -51,6 +54,10 @@ __all__ = [
     "StoppingCriteria",
     "StoppingCriteriaList",
     "check_gguf",
+    "data_folder",
+    "device_memory",
+    "dry_run",
+    "has_nvidia_device",
     "info",
     "library_path",
     "llama_cache",

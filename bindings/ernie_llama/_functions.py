@@ -42,10 +42,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_version": (c_char_p, []),
     "ggml_commit": (c_char_p, []),
     # devices
+    "ggml_backend_load_all_from_path": (None, [c_char_p]),
+    "ggml_backend_reg_count": (c_size_t, []),
     "ggml_backend_reg_by_name": (ggml_backend_reg_t, [c_char_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [ggml_backend_reg_t, c_char_p]),
     "ggml_backend_register": (None, [ggml_backend_reg_t]),
     "ggml_backend_dev_count": (c_size_t, []),
+    "ggml_backend_dev_memory": (None, [ggml_backend_dev_t, POINTER(c_size_t), POINTER(c_size_t)]),
     "ggml_backend_dev_get": (ggml_backend_dev_t, [c_size_t]),
     "ggml_backend_dev_name": (c_char_p, [ggml_backend_dev_t]),
     "ggml_backend_dev_description": (c_char_p, [ggml_backend_dev_t]),

@@ -6,8 +6,11 @@ import ctypes
 import functools
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+
+import platformdirs
 
 from . import _abi, _functions, _log
 
@@ -33,16 +36,44 @@ class LibraryNotFoundError(OSError):
 
     def __init__(self, tried: list[tuple[Place, str]]) -> None:
         lines = [f"  {place.path} ({place.origin}): {why}" for place, why in tried]
-        hint = "run `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the build's bin folder"
+        hint = (
+            "run `ernie-gguf build`, or `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the "
+            "build's bin folder"
+        )
         super().__init__("\n".join([f"{LIBRARY_NAME} was not found; tried:", *lines, hint]))
 
 
+def data_folder() -> Path:
+    """Where `ernie-gguf build` of this version installs: `cpu` and `cuda` in the user's data folder."""
+    return platformdirs.user_data_path("ernie-gguf", appauthor=False) / metadata.version("ernie-gguf")
+
+
+def has_nvidia_device() -> bool:
+    """Whether the NVIDIA driver is installed and sees a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def places() -> list[Place]:
-    """The places to try, in order; if the environment names one, only that."""
+    """The places to try, in order; if the environment names one, only that.
+
+    A checkout uses what `make build` made there. Otherwise what the user built goes before what came with the package,
+    and of the user's builds the one for CUDA if there is a GPU.
+    """
     for variable in ("ERNIE_LLAMA_LIB_PATH", "LLAMA_CPP_LIB_PATH"):
         if value := os.environ.get(variable):
             return [Place(f"environment variable {variable}", Path(value).expanduser().absolute())]
-    return [Place("lib folder of the package", PACKAGE / "lib"), Place("build of the checkout", CHECKOUT_BIN)]
+    package = Place("lib folder of the package", PACKAGE / "lib")
+    data = data_folder()
+    built = [Place("built by `ernie-gguf build`", data / "cpu")]
+    if (data / "cuda").is_dir() and has_nvidia_device():
+        built.insert(0, Place("built by `ernie-gguf build --cuda`", data / "cuda"))
+    checkout = Place("build of the checkout", CHECKOUT_BIN)
+    return [package, *built, checkout] if package.path.is_symlink() else [*built, package, checkout]
 
 
 def find() -> tuple[Place, Path]:
@@ -59,6 +90,9 @@ def find() -> tuple[Place, Path]:
             tried.append((place, f"holds no {LIBRARY_NAME}"))
         else:
             return place, place.library()
+    for other in sorted(data_folder().parent.glob("*/*/")):
+        if other.parent != data_folder() and (other / LIBRARY_NAME).is_file() and other.is_symlink():
+            tried.append((Place("built by `ernie-gguf build`", other), f"of version {other.parent.name}, not this one"))
     raise LibraryNotFoundError(tried)
 
 
@@ -89,8 +123,10 @@ def load() -> ctypes.CDLL:
     if wrong := f"it lacks {', '.join(missing)}" if missing else _abi.difference(library):
         raise OSError(
             f"{path} is not the version of llama.cpp that these bindings need: {wrong}; "
-            "build that version with `make build`"
+            "build that version with `ernie-gguf build`, or `make build` in a checkout"
         )
     _log.install(library)
+    if library.ggml_backend_reg_count() == 0:  # GGML_BACKEND_DL: the CPU's code is chosen and loaded now
+        library.ggml_backend_load_all_from_path(os.fsencode(path.parent))
     library.llama_backend_init()
     return library

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .engine.command import build
+from .engine.info import info
 from .errors import ErnieGgufError
 from .gguf_file.outtype import FloatType, Outtype
 from .quantize.command import quantize
@@ -181,6 +183,8 @@ def verify(
 
 
 app.command()(quantize)
+app.command()(build)
+app.command()(info)
 app.command()(serve)
 app.command()(chat)
 

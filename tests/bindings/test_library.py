@@ -19,6 +19,8 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(_library, "PACKAGE", tmp_path / "package")
     monkeypatch.setattr(_library, "CHECKOUT_BIN", tmp_path / "checkout")
+    monkeypatch.setattr(_library, "has_nvidia_device", lambda: False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 def library_in(folder: Path) -> Path:
@@ -43,6 +45,36 @@ def test_the_order_is_variable_variable_package_checkout(monkeypatch: pytest.Mon
     assert _library.find()[1] == checkout
 
 
+def test_what_the_user_built_goes_before_the_package_and_cuda_first_with_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = library_in(tmp_path / "package" / "lib")
+    cpu, cuda = (library_in(_library.data_folder() / name) for name in ("cpu", "cuda"))
+    assert _library.find()[1] == cpu
+    monkeypatch.setattr(_library, "has_nvidia_device", lambda: True)
+    assert _library.find()[1] == cuda
+    cuda.unlink()
+    cuda.parent.rmdir()
+    cpu.unlink()
+    assert _library.find()[1] == package
+
+
+def test_a_checkout_uses_its_own_build(tmp_path: Path) -> None:
+    built = library_in(tmp_path / "build" / "cpu" / "bin")
+    library_in(_library.data_folder() / "cpu")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "lib").symlink_to(built.parent)
+    assert _library.find()[1].resolve() == built
+
+
+def test_a_build_of_another_version_is_named_and_not_used(tmp_path: Path) -> None:
+    other = _library.data_folder().parent / "0.0.1"
+    library_in(other / "cpu-abc")
+    (other / "cpu").symlink_to("cpu-abc")
+    with pytest.raises(LibraryNotFoundError, match=rf"{other}/cpu \(.*\): of version 0.0.1, not this one"):
+        _library.find()
+
+
 def test_a_variable_may_name_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = library_in(tmp_path / "x").rename(tmp_path / "libllama-other.so")
     monkeypatch.setenv("ERNIE_LLAMA_LIB_PATH", str(other))
@@ -55,9 +87,11 @@ def test_not_found_lists_every_place(tmp_path: Path) -> None:
         _library.find()
     assert str(raised.value) == (
         f"{_library.LIBRARY_NAME} was not found; tried:\n"
+        f"  {_library.data_folder()}/cpu (built by `ernie-gguf build`): does not exist\n"
         f"  {tmp_path}/package/lib (lib folder of the package): holds no {_library.LIBRARY_NAME}\n"
         f"  {tmp_path}/checkout (build of the checkout): does not exist\n"
-        "run `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the build's bin folder"
+        "run `ernie-gguf build`, or `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the "
+        "build's bin folder"
     )
 
 
@@ -116,4 +150,4 @@ def test_a_library_of_another_version_is_refused_with_the_missing_names() -> Non
         f"OSError {_ctypes.__file__} is not the version of llama.cpp that these bindings need: "
         "it lacks llama_backend_init, llama_log_set, "
     )
-    assert "build that version with `make build`" in done.stdout
+    assert "build that version with `ernie-gguf build`" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,20 @@ DEFAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
+# Waits until the server answers that the model is loaded, as long as the server lives. Arguments: address, process id.
+_OPEN = """
+import os, sys, time, urllib.request, webbrowser
+while True:
+    time.sleep(0.5)
+    try:
+        urllib.request.urlopen(sys.argv[1] + "/health", timeout=5)
+        break
+    except OSError:
+        os.kill(int(sys.argv[2]), 0)
+webbrowser.open(sys.argv[1])
+"""
+
+
 class ServeError(ErnieGgufError):
     """The file cannot be served, or llama-server is not there."""
 
@@ -36,11 +51,29 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- ARGS]...", help="What is passed on to llama-server: -- --port 8081 -c 32768"),
     ] = None,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
+    ] = False,
 ) -> None:
-    """Serve FILE over HTTP, in the manner of the OpenAI API."""
+    """Serve FILE over HTTP, in the manner of the OpenAI API, with a page for browsers."""
     command = server_command(file, args or [])
-    typer.echo(shlex.join(command), err=True)
+    page = address(args or [])
+    typer.echo(f"{shlex.join(command)}\nThe page: {page}", err=True)
+    if open_page:
+        # A process of its own: the server takes the place of this one.
+        subprocess.Popen([sys.executable, "-c", _OPEN, page, str(os.getpid())], start_new_session=True)
     _execute(command)
+
+
+def address(args: Sequence[str]) -> str:
+    """The address of the server's page, from llama-server's options `--host` and `--port`."""
+    given = {"--host": "127.0.0.1", "--port": "8080"}
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name in given:
+            given[name] = value if equals else args[i + 1] if i + 1 < len(args) else given[name]
+    host = "127.0.0.1" if given["--host"] in {"0.0.0.0", "::"} else given["--host"]
+    return f"http://{host}:{given['--port']}"
 
 
 def server_command(file: Path, args: Sequence[str]) -> list[str]:
@@ -77,7 +110,7 @@ def server_program() -> Path:
     program = library.parent / SERVER
     if not program.is_file():
         raise ServeError(
-            f"{program} does not exist (it was looked for beside the library): run `make build`, or set "
+            f"{program} does not exist (it was looked for beside the library): run `ernie-gguf build`, or set "
             "ERNIE_LLAMA_LIB_PATH to the bin folder of a build that has it"
         )
     return program

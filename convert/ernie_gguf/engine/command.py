@@ -1,0 +1,115 @@
+"""The command `build`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .build import Report
+
+
+def build(  # noqa: PLR0917 - typer makes options of the parameters
+    cmake_args: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]...", help="More options for CMake: -- -DGGML_NATIVE=OFF")
+    ] = None,
+    cuda: Annotated[bool, typer.Option("--cuda", help="For NVIDIA GPUs as well; needs the CUDA toolkit.")] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU architectures: 86 for a 3090, or several: '80;86'. Default: those of the GPUs here.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Compilers that run at once.")] = os.cpu_count() or 1,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A llama.cpp checkout instead of the pinned one.", show_default=False),
+    ] = None,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Build the page that the server shows in a browser, with npm.")
+    ] = True,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Remove all that this command has built and installed.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Build in this folder, with llama.cpp's tests of ccq2, and install nothing.", show_default=False
+        ),
+    ] = None,
+    sources_only: Annotated[
+        bool, typer.Option("--sources-only", help="Stop when the patched sources are there.")
+    ] = False,
+    portable: Annotated[bool, typer.Option("--portable", hidden=True)] = False,
+) -> None:
+    """Build the patched llama.cpp for this machine and install it for this user."""
+    from ernie_llama import data_folder
+
+    from . import build as steps
+    from .install import install
+    from .page import page_state
+    from .recipe import CUDA_ARCHITECTURES, Flavour, Job
+    from .tools import driver_version
+
+    data = data_folder()
+    if clean:
+        size = steps.remove(data.parent) if data.parent.is_dir() else 0
+        typer.echo(f"removed {data.parent}: {size / 1e6:.0f} MB")
+        return
+    job = Job(
+        folder=(folder or data / "build").absolute(),
+        flavour=Flavour.PORTABLE if portable else Flavour.CUDA if cuda else Flavour.CPU,
+        jobs=jobs,
+        source=llama_cpp,
+        architectures=arch or ("native" if driver_version() else CUDA_ARCHITECTURES),
+        cmake_args=tuple(cmake_args or ()),
+        tests=folder is not None and not portable,
+        page=page,
+    )
+    with _reporting() as report:
+        if sources_only:
+            with steps.locked(job.folder):
+                steps.prepare_tree(job, report)
+            typer.echo(job.tree)
+            return
+        steps.build(job, report)
+        built = job.bin if folder else install(job, data)
+    if why := page_state(job):
+        sys.stderr.write(f"note: llama-server has no page for browsers: {why}\n")
+    typer.echo(built)
+
+
+@contextmanager
+def _reporting() -> Iterator[Report]:
+    """A bar on a terminal; elsewhere a line for each step and each tenth of it."""
+    if not sys.stderr.isatty():
+        said: set[str] = set()
+
+        def line(name: str, done: int, total: int) -> None:
+            text = f"{name} {10 * done // total * 10} %" if total else name
+            if text not in said:
+                said.add(text)
+                sys.stderr.write(f"{text}\n")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("check", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total or None)
