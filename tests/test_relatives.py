@@ -1,8 +1,6 @@
 """Relatives of the text checkpoints: WINT4, block-wise FP8, vision-language; and the refused ones, with reasons."""
 
-import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ from ernie_gguf.gguf_file.reader import GgufFile
 from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
-from support.models import convert, data
+from support.models import convert
 from support.paddle import Quantized, plain, quantized, two_bits_config
-from support.vl import make_vl, vl_config
 
 SPEC = Spec(layers=3, experts=4, heads=6, first_moe=1)
 
@@ -28,7 +25,7 @@ def converted(source: Path, outfile: Path, outtype: str = "auto", text_only: boo
     file = convert(source, outfile, outtype, text_only=text_only)
     assert all(
         verdict.ok
-        for verdict in verify.verify(map_tensors(*read_checkpoint(source, text_only)), file, 2, lambda _: None)
+        for verdict in verify.verify(map_tensors(*read_checkpoint(source, text_only)).tensors, file, 2, lambda _: None)
     )
     return file
 
@@ -152,49 +149,6 @@ def test_folders_per_gpu_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rank0").mkdir()
     with pytest.raises(CheckpointError, match=r"split into folders per GPU \(rank0, …\)"):
         prepare(tmp_path, Outtype.AUTO)
-
-
-@pytest.mark.parametrize("paddle", [False, True])
-@pytest.mark.parametrize("outtype", ["auto", "ccq2"])
-def test_the_language_model_of_vl(tmp_path: Path, paddle: bool, outtype: str) -> None:
-    want = converted(make(tmp_path / "text", SPEC), tmp_path / "text.gguf", outtype)
-    source = make_vl(tmp_path / "vl", replace(SPEC, shards=2), paddle)
-    found = converted(source, tmp_path / "vl.gguf", outtype, text_only=True)
-    assert data(found) == data(want)
-    differing = {key for key in found.metadata if found.metadata[key] != want.metadata.get(key)}
-    assert differing == {"general.name"}
-
-
-def test_what_vl_drops(tmp_path: Path) -> None:
-    plan = prepare(make_vl(tmp_path / "vl", SPEC), Outtype.AUTO, text_only=True).plan
-    reasons: dict[str, int] = {}
-    for _, reason in plan.dropped:
-        reasons[reason] = reasons.get(reason, 0) + 1
-    assert reasons == {
-        "router of the vision experts (--text-only)": 2,
-        "vision expert (--text-only)": 2 * 4 * 2,
-        "vision encoder (--text-only)": 1,
-        "vision resampler (--text-only)": 1,
-    }
-
-
-def test_vl_without_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a vision-language model: .*; give --text-only to convert that$"):
-        prepare(make_vl(tmp_path / "vl", SPEC), Outtype.AUTO)
-
-
-def test_text_only_changes_nothing_of_a_text_checkpoint(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", SPEC)
-    assert data(converted(source, tmp_path / "a.gguf", text_only=True)) == data(converted(source, tmp_path / "b.gguf"))
-
-
-def test_vl_with_nested_text_config(tmp_path: Path) -> None:
-    source = make_vl(tmp_path / "vl", SPEC)
-    values = vl_config(SPEC)
-    text = {key: values.pop(key) for key in list(values) if key not in ("architectures", "vision_config")}
-    (source / "config.json").write_text(json.dumps(values | {"text_config": text}))
-    want = converted(make(tmp_path / "text", SPEC), tmp_path / "text.gguf")
-    assert data(converted(source, tmp_path / "vl.gguf", text_only=True)) == data(want)
 
 
 def test_pt_tensors_are_not_taken_for_paddle_ones() -> None:

@@ -14,7 +14,7 @@ import typer
 from .engine.command import build
 from .engine.info import info
 from .errors import ErnieGgufError
-from .gguf_file.outtype import FloatType, Outtype
+from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.serve import serve
@@ -103,6 +103,28 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     output_tensor_type: Annotated[
         FloatType | None, typer.Option(help="Type of output.weight, whatever --outtype says.", show_default=False)
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the eyes of a vision-language (VL) checkpoint: its vision tower and resampler.",
+            show_default=False,
+        ),
+    ] = None,
+    mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
+    vision_experts: Annotated[
+        ExpertType | None,
+        typer.Option(
+            help="Type of the experts for pictures (default: q8_0 with ccq2 and q4_0, else as the other experts).",
+            show_default=False,
+        ),
+    ] = None,
+    vision_tokens: Annotated[
+        VisionTokens,
+        typer.Option(
+            help="Which tokens of a text go through those experts too. all: every id from the picture's placeholder "
+            "on, as in Baidu's engine; marks: those around a picture, as in transformers."
+        ),
+    ] = VisionTokens.ALL,
     split_max_size: Annotated[
         str | None,
         typer.Option(
@@ -122,26 +144,26 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
-    from .convert import output_path, prepare, split_plan, write_gguf
+    from .convert import check_mmproj, output_path, prepare, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
-    from .gguf_file.types import GgmlType
+    from .plan import choose
 
     try:
         split_bytes = None if split_max_size is None else parse_size(split_max_size)
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--split-max-size") from exc
-    chosen = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
-    types = {name: GgmlType[kind.name] for name, kind in chosen.items() if kind is not None}
-    job = prepare(source, outtype, text_only, types)
+    choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
+    job = prepare(source, outtype, text_only, choices, vision_tokens)
     path = output_path(job, outfile or source)
+    check_mmproj(job, path, mmproj)
     if dry_run:
         paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
-        report.show(report.plan_json(job.plan, paths) if as_json else report.plan_table(job.plan, paths))
+        report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
         return
     _mention_leftovers(path.parent)
-    with _progress(job.plan.nbytes) as progress:
-        result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes)
-    report.show(report.result_json(job.plan, result) if as_json else report.result_text(job.plan, result))
+    with _progress(job.nbytes) as progress:
+        result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
+    report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
 @app.command()
@@ -165,17 +187,21 @@ def verify(
     text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
-    """Compare every weight of a GGUF with the checkpoint it was made from; exit code 1 if one is wrong."""
+    """Compare every weight of a GGUF, or of an mmproj, with the checkpoint it was made from.
+
+    The exit code is 1 if one is wrong.
+    """
     from .convert import read_checkpoint
     from .gguf_file.reader import read_gguf
     from .mapping import map_tensors
     from .report import show
+    from .verify.compare import tensors_of
     from .verify.compare import verify as compare
     from .verify.report import verdicts_json, verdicts_table
 
     gguf = read_gguf(file)
-    mapped = map_tensors(*read_checkpoint(source, text_only))
-    with _progress(sum(tensor.elements for tensor in mapped.tensors), "Comparing", bytes_=False) as progress:
+    mapped = tensors_of(map_tensors(*read_checkpoint(source, text_only)), gguf)
+    with _progress(sum(tensor.elements for tensor in mapped), "Comparing", bytes_=False) as progress:
         verdicts = compare(mapped, gguf, threads, progress)
     show(verdicts_json(gguf, verdicts) if as_json else verdicts_table(gguf, verdicts))
     if not all(verdict.ok for verdict in verdicts):

@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.shards import TensorHeader, read_headers
+from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
 from .files import free_bytes, replacing
-from .gguf_file.outtype import Outtype
+from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
-from .gguf_file.types import GgmlType
 from .gguf_file.writer import add_tensor, unfinished
-from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata
-from .plan import Plan, make_plan
+from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
+from .plan import Choices, Plan, make_plans
 from .transform import Inexact
 from .write import Progress, data_nbytes, write_tensors
 
@@ -34,6 +34,13 @@ class Job:
     config: ErnieConfig
     vocab: Vocab
     plan: Plan
+    projector: Plan | None = None  # of a VL checkpoint: the mmproj
+    vision_tokens: VisionTokens = VisionTokens.ALL
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of all files."""
+        return self.plan.nbytes + (self.projector.nbytes if self.projector else 0)
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,28 @@ def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig,
 
 
 def prepare(
-    source: Path, outtype: Outtype, text_only: bool = False, types: Mapping[str, GgmlType] | None = None
+    source: Path,
+    outtype: Outtype,
+    text_only: bool = False,
+    choices: Choices | None = None,
+    vision_tokens: VisionTokens = VisionTokens.ALL,
 ) -> Job:
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
     config, headers = read_checkpoint(source, text_only)
-    plan = make_plan(config, headers, outtype, types)
-    return Job(source, config, read_vocab(source, config), plan)
+    plan, projector = make_plans(config, headers, outtype, choices)
+    return Job(source, config, read_vocab(source, config), plan, projector, vision_tokens)
+
+
+def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
+    """Raises OutputError unless there is a name for each file of the model, and no other."""
+    if job.projector is not None and mmproj is None:
+        raise OutputError(
+            f"{job.source}: a vision-language model makes two files: give --mmproj FILE for its eyes, or --text-only"
+        )
+    if job.projector is None and mmproj is not None:
+        raise OutputError(f"{mmproj}: --mmproj is for vision-language (VL) checkpoints, without --text-only")
+    if mmproj is not None and mmproj.absolute() == outfile.absolute():
+        raise OutputError(f"{mmproj}: --mmproj and --outfile name the same file")
 
 
 def output_path(job: Job, outfile: Path) -> Path:
@@ -98,14 +121,47 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
-        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan)
+        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan, tokens=job.vision_tokens)
     else:
         write_layout(writer, part)
     if len(files) > 1:
         add_split_keys(writer, number, len(files), len(job.plan.tensors))
-    for tensor in part.tensors:
-        add_tensor(writer, tensor.name, tensor.shape, tensor.ggml_type, tensor.nbytes)
+    return _with_tensors(writer, part)
+
+
+def projector_header(job: Job, plan: Plan) -> GGUFWriter:
+    """Metadata and tensor table of the mmproj."""
+    writer = GGUFWriter(None, "clip")
+    write_projector(writer, model_name(job.source), job.config, read_preprocessor(job.source), plan)
+    return _with_tensors(writer, plan)
+
+
+@contextmanager
+def projector_file(job: Job, mmproj: Path | None, threads: int, overwrite: bool) -> Iterator[None]:
+    """Write the mmproj of a VL model; it appears under its name if the block succeeds."""
+    if job.projector is None or mmproj is None:
+        yield
+        return
+    with replacing(mmproj, overwrite) as temporary:
+        with unfinished(temporary, projector_header(job, job.projector)) as (fd, data_offset):
+            write_tensors(job.projector, fd, data_offset, threads, lambda _: None)
+        yield
+
+
+def _with_tensors(writer: GGUFWriter, plan: Plan) -> GGUFWriter:
+    for tensor in plan.tensors:
+        add_tensor(writer, tensor.name, tensor.file_shape or tensor.shape, tensor.ggml_type, tensor.nbytes)
     return writer
+
+
+def _check_disk(paths: list[Path], plans: list[Plan]) -> None:
+    """Raises OutputError if a disk has no room for what goes there."""
+    needed: dict[int, int] = {}
+    for path, plan in zip(paths, plans, strict=True):
+        device = path.parent.stat().st_dev
+        needed[device] = needed.get(device, 0) + data_nbytes(plan)
+        if needed[device] > (free := free_bytes(path.parent)):
+            raise OutputError(f"{path}: needs {needed[device]} bytes, the disk has {free} free; nothing was written")
 
 
 def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
@@ -115,20 +171,35 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
 
 
 def write_gguf(
-    job: Job, outfile: Path, threads: int, overwrite: bool, progress: Progress, *, split_max_bytes: int | None = None
+    job: Job,
+    outfile: Path,
+    threads: int,
+    overwrite: bool,
+    progress: Progress,
+    *,
+    split_max_bytes: int | None = None,
+    mmproj: Path | None = None,
 ) -> ConvertResult:
-    """Write a prepared conversion to `outfile`, or to several files; on failure nothing is left behind."""
+    """Write a prepared conversion to `outfile`, or to several files, and the eyes of a VL model to `mmproj`.
+
+    On failure nothing is left behind.
+    """
     begin = time.monotonic()
-    files = split_plan(job.plan, split_max_bytes)
-    paths = split_paths(outfile, len(files))
+    check_mmproj(job, outfile, mmproj)
+    parts = split_plan(job.plan, split_max_bytes)
+    writers = [file_header(job, parts, number) for number in range(len(parts))]
+    paths = split_paths(outfile, len(parts))
+    if job.projector is not None and mmproj is not None:
+        parts.append(job.projector)
+        writers.append(projector_header(job, job.projector))
+        paths.append(mmproj)
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Renamed in reverse, so that the file users load appears last.
         temporaries = [stack.enter_context(replacing(path, overwrite)) for path in paths]
-        if (needed := sum(data_nbytes(part) for part in files)) > (free := free_bytes(outfile.parent)):
-            raise OutputError(f"{outfile}: needs {needed} bytes, the disk has {free} free; nothing was written")
-        for number, (temporary, part) in enumerate(zip(temporaries, files, strict=True)):
-            with unfinished(temporary, file_header(job, files, number)) as (fd, data_offset):
+        _check_disk(paths, parts)
+        for temporary, part, writer in zip(temporaries, parts, writers, strict=True):
+            with unfinished(temporary, writer) as (fd, data_offset):
                 inexact |= write_tensors(part, fd, data_offset, threads, progress)
         if repacks_two_bits(job.plan):
             set_inexact_rows(temporaries[0], sum(each.missed_rows for each in inexact.values()))

@@ -2,29 +2,21 @@
 
 Pure: takes the configuration and the headers, reads no data. Every checkpoint tensor is either a source of exactly one
 GGUF tensor (a fused one: of several, by disjoint rows) or dropped for a stated reason; every GGUF tensor that
-llama.cpp will look for has its sources. Anything else is a PlanError.
+llama.cpp will look for (see `expected`) has its sources. Anything else is a PlanError.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from math import prod
 
-from .checkpoint.config import ErnieConfig, MoeConfig
+from .checkpoint.config import ErnieConfig
 from .checkpoint.names import Names, collect
 from .checkpoint.shards import TensorHeader
 from .checkpoint.storage import Source, problem_of
 from .errors import PlanError
+from .expected import Expected, Role, model_tensors, projector_tensors
 
 _SHOWN = 3  # how many of many like errors a message spells out
-
-
-class Role(Enum):
-    """What decides a tensor's type."""
-
-    LINEAR = "linear"  # attention, dense and shared-expert MLPs, embedding, head
-    EXPERT = "expert"  # the stacked expert matrices
-    EXACT = "exact"  # norms, router, correction bias: always f32
 
 
 @dataclass(frozen=True)
@@ -38,12 +30,19 @@ class Part:
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """One GGUF tensor: its parts one after another. `shape` is outermost first, so its last entry is K = ne[0]."""
+    """One GGUF tensor: its parts one after another. `shape` is outermost first, so its last entry is K = ne[0].
+
+    With `head_order` row i of each head is the source's row `head_order[i]` of it. `computed` holds the values of a
+    tensor that no checkpoint has, and then there are no parts. The file states `file_shape` where it is given.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     parts: tuple[Part, ...]
+    head_order: tuple[int, ...] = ()
+    computed: tuple[float, ...] = ()
+    file_shape: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -52,99 +51,20 @@ class MappedTensor:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it holds a layer's experts, one matrix each."""
+        """Whether it holds a layer's experts for text, one matrix each."""
         return self.role is Role.EXPERT
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Every tensor of the GGUF in the order of writing; `dropped` pairs checkpoint tensors with reasons."""
+    """Every tensor of the GGUF in the order of writing; `dropped` pairs checkpoint tensors with reasons.
+
+    `projector` are those of the mmproj, for a VL checkpoint.
+    """
 
     tensors: tuple[MappedTensor, ...]
     dropped: tuple[tuple[TensorHeader, str], ...]
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """A GGUF tensor and where it may come from: `sources` are concatenated along their rows.
-
-    With `fused`, the rows may instead be those from `fused_row` on of one tensor of `fused_rows` rows.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    sources: tuple[str, ...]
-    fused: tuple[str, ...] = ()
-    fused_row: int = 0
-    fused_rows: int = 0
-
-
-def _attention(config: ErnieConfig, gguf: str, hf: str) -> Iterator[_Expected]:
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    row = 0
-    for letter, rows in (("q", q), ("k", kv), ("v", kv)):
-        yield _Expected(
-            f"{gguf}.attn_{letter}.weight",
-            (rows, config.hidden),
-            Role.LINEAR,
-            (f"{hf}.self_attn.{letter}_proj.weight",),
-            (f"{hf}.self_attn.qkv_proj.weight",),
-            row,
-            q + 2 * kv,
-        )
-        row += rows
-    yield _Expected(f"{gguf}.attn_output.weight", (config.hidden, q), Role.LINEAR, (f"{hf}.self_attn.o_proj.weight",))
-
-
-def _mlp(name: str, modules: list[str], hidden: int, width: int, stacked: bool = False) -> Iterator[_Expected]:
-    """Gate, up and down of one MLP (`modules` holds one path), or of a layer's experts stacked.
-
-    `name` is the GGUF name with {} for gate, up or down.
-    """
-    role, stack = (Role.EXPERT, (len(modules),)) if stacked else (Role.LINEAR, ())
-    for half, letter in enumerate(("gate", "up")):  # up_gate_proj: gate in the first half of the rows, up in the second
-        yield _Expected(
-            name.format(letter),
-            (*stack, width, hidden),
-            role,
-            tuple(f"{module}.{letter}_proj.weight" for module in modules),
-            tuple(f"{module}.up_gate_proj.weight" for module in modules),
-            half * width,
-            2 * width,
-        )
-    down = tuple(f"{module}.down_proj.weight" for module in modules)
-    yield _Expected(name.format("down"), (*stack, hidden, width), role, down)
-
-
-def _moe(moe: MoeConfig, hidden: int, gguf: str, hf: str) -> Iterator[_Expected]:
-    yield _Expected(f"{gguf}.ffn_gate_inp.weight", (moe.experts, hidden), Role.EXACT, (f"{hf}.mlp.gate.weight",))
-    if moe.has_bias:
-        bias = f"{hf}.mlp.moe_statics.e_score_correction_bias"
-        yield _Expected(f"{gguf}.exp_probs_b.bias", (moe.experts,), Role.EXACT, (bias,))
-    experts = [f"{hf}.mlp.experts.{e}" for e in range(moe.experts)]
-    yield from _mlp(gguf + ".ffn_{}_exps.weight", experts, hidden, moe.width, stacked=True)
-    if moe.shared:
-        yield from _mlp(gguf + ".ffn_{}_shexp.weight", [f"{hf}.mlp.shared_experts"], hidden, moe.shared_width)
-
-
-def _expected(config: ErnieConfig, has_head: bool) -> Iterator[_Expected]:
-    """Every tensor that llama.cpp's loader looks for, in its order."""
-    embedding = (config.vocab, config.hidden)
-    norm = (config.hidden,)
-    yield _Expected("token_embd.weight", embedding, Role.LINEAR, ("model.embed_tokens.weight",))
-    for layer in range(config.layers):
-        gguf, hf = f"blk.{layer}", f"model.layers.{layer}"
-        yield _Expected(f"{gguf}.attn_norm.weight", norm, Role.EXACT, (f"{hf}.input_layernorm.weight",))
-        yield from _attention(config, gguf, hf)
-        yield _Expected(f"{gguf}.ffn_norm.weight", norm, Role.EXACT, (f"{hf}.post_attention_layernorm.weight",))
-        if config.moe is not None and config.is_moe_layer(layer):
-            yield from _moe(config.moe, config.hidden, gguf, hf)
-        else:
-            yield from _mlp(gguf + ".ffn_{}.weight", [f"{hf}.mlp"], config.hidden, config.ffn_width)
-    yield _Expected("output_norm.weight", norm, Role.EXACT, ("model.norm.weight",))
-    if has_head:
-        yield _Expected("output.weight", embedding, Role.LINEAR, ("lm_head.weight",))
+    projector: tuple[MappedTensor, ...] = ()
 
 
 def raise_plan_errors(problems: list[str]) -> None:
@@ -166,15 +86,15 @@ class _Mapper:
     def fail(self, problem: str) -> None:
         self.problems[problem] = None
 
-    def choose(self, expected: _Expected) -> tuple[tuple[str, ...], int, int]:
+    def choose(self, expected: Expected) -> tuple[tuple[str, ...], int, int]:
         """The names to take, their first row, and how many rows each must have in the checkpoint."""
         rows = expected.shape[-2] if len(expected.shape) > 1 else 1
         split = sum(name in self.sources for name in expected.sources)
         if expected.fused and split == 0 and any(name in self.sources for name in expected.fused):
             return expected.fused, expected.fused_row, expected.fused_rows
-        return expected.sources, 0, rows
+        return expected.sources, expected.row, rows
 
-    def map(self, expected: _Expected) -> MappedTensor:
+    def map(self, expected: Expected) -> MappedTensor:
         names, row, source_rows = self.choose(expected)
         matrix, k = len(expected.shape) > 1, expected.shape[-1]
         rows = expected.shape[-2] if matrix else 1
@@ -188,7 +108,18 @@ class _Mapper:
                 self.fail(problem)
             else:
                 parts.append(Part(source, row, rows))
-        return MappedTensor(expected.name, expected.shape, expected.role, tuple(parts))
+        return MappedTensor(
+            expected.name,
+            expected.shape,
+            expected.role,
+            tuple(parts),
+            expected.head_order,
+            expected.computed,
+            expected.file_shape,
+        )
+
+    def map_all(self, expected: Iterable[Expected]) -> tuple[MappedTensor, ...]:
+        return tuple(self.map(each) for each in expected)
 
     def check_leftovers(self) -> None:
         for name, source in self.sources.items():
@@ -206,7 +137,8 @@ def map_tensors(config: ErnieConfig, tensors: Mapping[str, TensorHeader]) -> Ten
     names = collect(tensors, config)
     mapper = _Mapper(names)
     has_head = "lm_head.weight" in names.sources or not config.tied
-    mapped = tuple(mapper.map(expected) for expected in _expected(config, has_head))
+    mapped = mapper.map_all(model_tensors(config, has_head))
+    projector = mapper.map_all(projector_tensors(config.vision, config.hidden)) if config.vision else ()
     mapper.check_leftovers()
     raise_plan_errors(list(mapper.problems))
-    return TensorMap(mapped, tuple(names.dropped))
+    return TensorMap(mapped, tuple(names.dropped), projector)

@@ -13,12 +13,17 @@ from gguf.utility import size_label
 
 from .checkpoint.config import ErnieConfig, MoeConfig
 from .checkpoint.paddle_ccq import CCQ2
+from .checkpoint.vision_config import Preprocessor
 from .checkpoint.vocab import Vocab
-from .gguf_file.outtype import Outtype
+from .expected import Role
+from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.reader import value_offset
 from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, GgmlType
 from .plan import Plan
 
+VISION_WIDTH_KEY = "{arch}.expert_vision_feed_forward_length"
+VISION_TOKENS_KEY = "{arch}.vision_token_range"  # first and last id
+TOWER_EPS = 1e-6  # of the tower's layer norms, in no config.json
 INEXACT_KEY = "ernie_gguf.ccq.inexact_rows"  # of a repacked 2-bit checkpoint
 
 # general.file_type is what llama.cpp prints as the model's type; ccq2 takes the number of its tensor type.
@@ -34,7 +39,8 @@ FILE_TYPES: dict[Outtype, int] = {
 
 def _size_label(config: ErnieConfig, plan: Plan) -> str:
     """As upstream labels models: "21B", or "64x300M" with the experts counted once."""
-    experts = sum(tensor.elements for tensor in plan.tensors if tensor.is_expert)
+    roles = (Role.EXPERT, Role.VISION_EXPERT)
+    experts = sum(tensor.elements for tensor in plan.tensors if tensor.role in roles)
     total = sum(tensor.elements for tensor in plan.tensors)
     count = config.moe.experts if config.moe else 0
     label: str = size_label(total, total - experts, experts // count if count else 0, count)
@@ -63,6 +69,42 @@ def _write_moe(writer: GGUFWriter, moe: MoeConfig) -> None:
     writer.add_expert_shared_count(moe.shared)
     if moe.shared:
         writer.add_expert_shared_feed_forward_length(moe.shared_width)
+
+
+def _write_vision(writer: GGUFWriter, config: ErnieConfig, tokens: VisionTokens) -> None:
+    """What tells llama.cpp that the model has eyes; their own keys are in the mmproj."""
+    if (vision := config.vision) is None:
+        return
+    writer.add_rope_dimension_sections([*vision.sections, 0])
+    writer.add_uint32(VISION_WIDTH_KEY.format(arch=config.arch), vision.expert_width)
+    found = vision.marks if tokens is VisionTokens.MARKS else (vision.placeholder, config.vocab - 1)
+    writer.add_array(VISION_TOKENS_KEY.format(arch=config.arch), list(found))
+
+
+def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Preprocessor, plan: Plan) -> None:
+    """Add every key of the mmproj, as llama.cpp's `clip.cpp` reads them."""
+    if (vision := config.vision) is None:
+        raise ValueError(f"{name} has no eyes")
+    writer.add_type(GGUFType.MMPROJ)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[plan.outtype])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("ernie4_5vl")
+    writer.add_vision_projection_dim(config.hidden)
+    writer.add_vision_image_size(37 * 2 * vision.patch)  # of the warm-up; pictures have any size
+    writer.add_vision_patch_size(vision.patch)
+    writer.add_vision_spatial_merge_size(2)
+    writer.add_vision_embedding_length(vision.width)
+    writer.add_vision_feed_forward_length(vision.mlp_width)
+    writer.add_vision_block_count(vision.depth)
+    writer.add_vision_head_count(vision.heads)
+    writer.add_vision_attention_layernorm_eps(TOWER_EPS)
+    writer.add_float32("clip.vision.projector.norm_epsilon", config.rms_eps)
+    writer.add_vision_min_pixels(eyes.min_pixels)
+    writer.add_vision_max_pixels(eyes.max_pixels)
+    writer.add_vision_image_mean(list(eyes.mean))
+    writer.add_vision_image_std(list(eyes.std))
 
 
 def _write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
@@ -98,8 +140,16 @@ def set_inexact_rows(path: Path, rows: int) -> None:
         file.write(struct.pack("<I", rows))
 
 
-def write_metadata(writer: GGUFWriter, name: str, config: ErnieConfig, vocab: Vocab, plan: Plan) -> None:
-    """Add every key of the file to the writer; `name` becomes general.name."""
+def write_metadata(
+    writer: GGUFWriter,
+    name: str,
+    config: ErnieConfig,
+    vocab: Vocab,
+    plan: Plan,
+    *,
+    tokens: VisionTokens = VisionTokens.ALL,
+) -> None:
+    """Add every key of the model's file to the writer; `name` becomes general.name."""
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_size_label(_size_label(config, plan))
@@ -111,4 +161,5 @@ def write_metadata(writer: GGUFWriter, name: str, config: ErnieConfig, vocab: Vo
     _write_model(writer, config)
     if config.moe is not None:
         _write_moe(writer, config.moe)
+    _write_vision(writer, config, tokens)
     _write_vocab(writer, vocab)

@@ -1,13 +1,14 @@
 """Plan: which GGML type each tensor of the mapping gets. Pure; everything is known before the first byte is written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from .checkpoint.config import ErnieConfig
 from .checkpoint.shards import TensorHeader
-from .gguf_file.outtype import Outtype
+from .expected import Role
+from .gguf_file.outtype import ExpertType, FloatType, Outtype
 from .gguf_file.types import GgmlType, block_size, row_size
-from .mapping import MappedTensor, Part, Role, map_tensors, raise_plan_errors
+from .mapping import MappedTensor, Part, map_tensors, raise_plan_errors
 
 # outtype -> types of linears and of experts; Role.EXACT is f32 throughout, as in upstream
 TYPES: dict[Outtype, tuple[GgmlType, GgmlType]] = {
@@ -24,7 +25,7 @@ TYPES: dict[Outtype, tuple[GgmlType, GgmlType]] = {
 class TensorPlan(MappedTensor):
     """A mapped tensor with its type; `note` says why that type is not the one asked for."""
 
-    ggml_type: GgmlType
+    ggml_type: GgmlType = GgmlType.F32
     note: str = ""
 
     @property
@@ -40,7 +41,7 @@ class TensorPlan(MappedTensor):
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a conversion, in the order of writing. `outtype` is never AUTO; `dropped` pairs tensors with reasons."""
+    """All of one file, in the order of writing. `outtype` is never AUTO; `dropped` pairs tensors with reasons."""
 
     outtype: Outtype
     tensors: tuple[TensorPlan, ...]
@@ -73,7 +74,8 @@ def _type_of(tensor: MappedTensor, ggml_type: GgmlType, native: bool, problems: 
             )
         note = f"rows of {k} are not a multiple of {block_size(ggml_type)}: f16 instead of {ggml_type.name.lower()}"
         ggml_type = GgmlType.F16  # upstream's fallback
-    return TensorPlan(tensor.name, tensor.shape, tensor.role, tensor.parts, ggml_type, note)
+    mapped = {each.name: getattr(tensor, each.name) for each in fields(MappedTensor)}
+    return TensorPlan(**mapped, ggml_type=ggml_type, note=note)
 
 
 def resolve_auto(tensors: Mapping[str, TensorHeader]) -> Outtype:
@@ -88,31 +90,72 @@ def resolve_auto(tensors: Mapping[str, TensorHeader]) -> Outtype:
     return Outtype.F16
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the command line says of single tensors' types; None leaves a type to the outtype.
+
+    `tensors` are types by the GGUF's names, `vision_experts` and `projector` those of a VL checkpoint's other half.
+    """
+
+    tensors: Mapping[str, GgmlType] = field(default_factory=dict)
+    vision_experts: GgmlType | None = None
+    projector: GgmlType = GgmlType.BF16
+
+
+def choose(
+    token_embedding: FloatType | None = None,
+    output: FloatType | None = None,
+    vision_experts: ExpertType | None = None,
+    projector: FloatType = FloatType.BF16,
+) -> Choices:
+    """What the options say."""
+    tensors = {"token_embd.weight": token_embedding, "output.weight": output}
+    return Choices(
+        {name: GgmlType[kind.name] for name, kind in tensors.items() if kind is not None},
+        None if vision_experts is None else GgmlType[vision_experts.name],
+        GgmlType[projector.name],
+    )
+
+
 def make_plan(
     config: ErnieConfig,
     tensors: Mapping[str, TensorHeader],
     outtype: Outtype,
-    types: Mapping[str, GgmlType] | None = None,
+    choices: Choices | None = None,
 ) -> Plan:
-    """Map a checkpoint's headers to GGUF tensors and give each its type.
+    """Map a checkpoint's headers to GGUF tensors and give each its type: the plan of the model's file."""
+    return make_plans(config, tensors, outtype, choices)[0]
 
-    `auto` keeps floats as they are stored and repacks what is quantized into the type that holds it exactly. `types`
-    overrides the type of single GGUF tensors. Raises PlanError as `map_tensors` does, and for rows that do not fit
-    their type.
+
+def make_plans(
+    config: ErnieConfig,
+    tensors: Mapping[str, TensorHeader],
+    outtype: Outtype,
+    choices: Choices | None = None,
+) -> tuple[Plan, Plan | None]:
+    """Map a checkpoint's headers to GGUF tensors and give each its type: plans of the model and, of VL, of the mmproj.
+
+    `auto` keeps floats as they are stored and repacks what is quantized into the type that holds it exactly. Vision
+    experts, which no calibration sees, are q8_0 where the outtype quantizes. Raises PlanError as `map_tensors` does,
+    and for rows that do not fit their type.
     """
+    choices = choices or Choices()
     mapped = map_tensors(config, tensors)
     auto = outtype is Outtype.AUTO
     floats = resolve_auto(tensors) if auto else outtype
     linear, expert = TYPES[floats]
-    by_role = {Role.LINEAR: linear, Role.EXPERT: expert, Role.EXACT: GgmlType.F32}
-    overrides = types or {}
+    vision = choices.vision_experts or (GgmlType.Q8_0 if expert in (GgmlType.Q4_0, GgmlType.CCQ2) else expert)
+    by_role = {Role.LINEAR: linear, Role.EXPERT: expert, Role.VISION_EXPERT: vision, Role.EXACT: GgmlType.F32}
+    by_role[Role.PROJECTOR] = choices.projector
     problems: list[str] = []
     planned = tuple(
-        _type_of(t, overrides.get(t.name, by_role[t.role]), auto and t.name not in overrides, problems)
+        _type_of(t, choices.tensors.get(t.name, by_role[t.role]), auto and t.name not in choices.tensors, problems)
         for t in mapped.tensors
     )
+    projector = tuple(_type_of(t, by_role[t.role], False, problems) for t in mapped.projector)
     raise_plan_errors(problems)
     if auto and (native := _native(tuple(part for tensor in mapped.tensors for part in tensor.parts))):
         # A file of quantized sources is named after the smallest of their types.
         floats = Outtype(min(native, key=lambda each: row_size(each, 256)).name.lower())
-    return Plan(floats, planned, mapped.dropped)
+    plan = Plan(floats, planned, mapped.dropped)
+    return plan, Plan(Outtype(choices.projector.name.lower()), projector, ()) if projector else None

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from .convert import ConvertResult
+from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
-from .plan import Plan
+from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact
 from .write import data_nbytes
 
@@ -99,19 +99,37 @@ def plan_json(plan: Plan, paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
+    """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
+    eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
+    return plan_json(job.plan, paths) | eyes
+
+
+def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
+    """All plans of a conversion for people."""
+    eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
+    return plan_table(job.plan, paths) + eyes
+
+
+def _origin(tensor: TensorPlan) -> str:
+    """Where a tensor comes from, in a few words."""
+    if tensor.computed:
+        return "computed"
+    first, rest = tensor.parts[0].source, len(tensor.parts) - 1
+    return f"{first.name} {first.dtype}" + (f" and {rest} more" if rest else "")
+
+
 def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
     """The plan for people; `paths` are the files it will make."""
     table = Table("tensor", right("ne"), "type", right("size"), "from", box=None)
     for tensor in plan.tensors:
-        first = tensor.parts[0].source
-        more = f" and {len(tensor.parts) - 1} more" if len(tensor.parts) > 1 else ""
         note = f" ({tensor.note})" if tensor.note else ""
         table.add_row(
             tensor.name,
             _shape(reversed(tensor.shape)),
             tensor.ggml_type.name.lower(),
             human(tensor.nbytes),
-            Text(f"{first.name} {first.dtype}{more}{note}"),
+            Text(_origin(tensor) + note),
         )
     out: list[Any] = [table, ""]
     for header, reason in plan.dropped:
@@ -148,8 +166,10 @@ def _inexact_text(inexact: dict[str, Inexact]) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def result_json(plan: Plan, result: ConvertResult) -> dict[str, Any]:
+def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
     """The summary of a conversion for --json."""
+    plan = job.plan
+    eyes = {"mmproj": {"file": str(result.paths[-1]), "types": _plan_types(job.projector)}} if job.projector else {}
     return {
         "file": str(result.paths[0]),
         "files": [str(path) for path in result.paths],
@@ -161,11 +181,13 @@ def result_json(plan: Plan, result: ConvertResult) -> dict[str, Any]:
         "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
+        **eyes,
     }
 
 
-def result_text(plan: Plan, result: ConvertResult) -> list[Any]:
+def result_text(job: Job, result: ConvertResult) -> list[Any]:
     """The summary of a conversion for people."""
+    plan = job.plan
     types = _plan_types(plan)
     rate = human(result.nbytes / result.seconds)
     lines: list[Any] = [_types_table(types), ""]
@@ -173,9 +195,12 @@ def result_text(plan: Plan, result: ConvertResult) -> list[Any]:
         lines.append(Text(f"dropped {len(plan.dropped)} tensors (--dry-run names them and the reasons)"))
     lines += _inexact_text(result.inexact)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
+    model = result.paths[:-1] if job.projector else result.paths
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"
-    files = f" and {len(result.paths) - 1} more files" if len(result.paths) > 1 else ""
-    return [*lines, Text(f"{result.paths[0]}{files}: {size}, {result.seconds:.1f} s, {rate}/s")]
+    files = f" and {len(model) - 1} more files" if len(model) > 1 else ""
+    if job.projector:
+        files += f" and {result.paths[-1]} ({human(data_nbytes(job.projector))})"
+    return [*lines, Text(f"{model[0]}{files}: {size}, {result.seconds:.1f} s, {rate}/s")]
 
 
 def _size_of(file: GgufFile) -> int:

@@ -12,6 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
+from .arrays import U8
 from .checkpoint.shards import ShardReader
 from .checkpoint.storage import ROWS
 from .errors import EncodeError
@@ -43,7 +46,22 @@ class Piece:
 
 def _copied(part: Part, tensor: TensorPlan) -> bool:
     """Whether the bytes of the source are the bytes of the output."""
+    if tensor.head_order:
+        return False
     return part.source.storage is ROWS and (part.source.dtype, tensor.ggml_type) in VERBATIM
+
+
+def _rows_at_once(part: Part, tensor: TensorPlan) -> int:
+    """Rows of a piece; whole heads where their rows are reordered."""
+    rows, head = part.source.storage.rows_at_once(part.source, _copied(part, tensor)), len(tensor.head_order)
+    return max(head, rows // head * head) if head else rows
+
+
+def _reordered(data: U8, head_order: tuple[int, ...]) -> U8:
+    """[rows, bytes] with the rows of each head in that order."""
+    if not head_order:
+        return data
+    return data.reshape(-1, len(head_order), data.shape[1])[:, list(head_order)].reshape(data.shape)
 
 
 def data_nbytes(plan: Plan) -> int:
@@ -66,7 +84,7 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
     for tensor in plan.tensors:
         offset = starts[tensor.name]
         for part in tensor.parts:
-            step = part.source.storage.rows_at_once(part.source, _copied(part, tensor))
+            step = _rows_at_once(part, tensor)
             for row in range(part.row, part.row + part.rows, step):
                 piece = Piece(tensor, part, row, min(step, part.row + part.rows - row), offset)
                 offset += piece.nbytes
@@ -101,8 +119,19 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
         data, inexact = encode_values(values, piece.tensor.ggml_type)
     except EncodeError as exc:
         raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
+    data = np.ascontiguousarray(_reordered(data, piece.tensor.head_order))
     pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
     return inexact
+
+
+def _write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
+    """The tensors that no checkpoint has."""
+    starts = offsets(plan, data_offset)
+    for tensor in plan.tensors:
+        if tensor.computed:
+            data = np.array(tensor.computed, np.float32)
+            pwrite(fd, memoryview(data.data).cast("B"), starts[tensor.name])
+            progress(tensor.nbytes)
 
 
 def write_tensors(
@@ -119,6 +148,7 @@ def write_tensors(
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
+    _write_computed(plan, fd, data_offset, progress)
     inexact: dict[str, Inexact] = {}
 
     def written(piece: Piece) -> tuple[Piece, Inexact]:

@@ -13,7 +13,7 @@ from ernie_gguf import cli
 from ernie_gguf.ccq2.fit import fit_codes
 from ernie_gguf.checkpoint.quantized import STORAGES
 from ernie_gguf.checkpoint.shards import ShardReader, TensorHeader
-from ernie_gguf.checkpoint.storage import COLUMNS, FIRST_ROW, ROWS, Source
+from ernie_gguf.checkpoint.storage import COLUMNS, PER_MODALITY, ROWS, Source
 from ernie_gguf.convert import read_checkpoint
 from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
 from ernie_gguf.mapping import map_tensors
@@ -29,7 +29,7 @@ SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int
 
 def verdicts(source: Path, file: Path) -> dict[str, Verdict]:
     mapped = map_tensors(*read_checkpoint(source))
-    found = verify.verify(mapped, read_gguf(file), threads=2, progress=lambda _: None)
+    found = verify.verify(mapped.tensors, read_gguf(file), threads=2, progress=lambda _: None)
     return {verdict.name: verdict for verdict in found}
 
 
@@ -59,7 +59,7 @@ def test_an_exact_repack_is_exact(two_bits: tuple[Path, Path]) -> None:
 
 
 def test_every_storage_has_a_decoder_of_its_own_here_and_a_type_that_holds_it() -> None:
-    storages = [*STORAGES.values(), ROWS, COLUMNS, FIRST_ROW]
+    storages = [*STORAGES.values(), ROWS, COLUMNS, PER_MODALITY]
     assert {storage.name for storage in storages} == decode.DECODERS.keys()
     for storage in STORAGES.values():
         assert storage.quantized and set(storage.exact) <= decode.GGUF_DECODERS.keys()

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ConfigError
 from .json_object import JsonObject, read_object, shown
 from .quant_config import QuantConfig, parse_quant_config
+from .vision_config import VisionConfig, merged_values, parse_vision, text_values, vision_experts
 
 # Hugging Face architecture -> GGUF architecture
 ARCHITECTURES = {
@@ -63,7 +64,13 @@ class ErnieConfig:
     eos: int | None
     pad: int | None
     quant: QuantConfig | None = None  # None: floats throughout
-    vision_experts: int | None = None  # of a VL checkpoint: experts per layer to leave out
+    vision_experts: int | None = None  # of a VL checkpoint read as text: experts per layer to leave out
+    vision: VisionConfig | None = None  # of a VL checkpoint: its other half
+
+    @property
+    def is_vl(self) -> bool:
+        """Whether the checkpoint is a vision-language model's, whatever is taken of it."""
+        return self.vision_experts is not None or self.vision is not None
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer has a router and experts instead of one MLP."""
@@ -74,16 +81,11 @@ def _optional_id(config: JsonObject, key: str, vocab: int) -> int | None:
     return config.integer(key, 0, vocab - 1) if key in config else None
 
 
-def _architecture(config: JsonObject, text_only: bool) -> str:
+def _architecture(config: JsonObject) -> str:
     names = config.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error("architectures", "a list of one name")
     if names[0] in VL_ARCHITECTURES:
-        if not text_only:
-            raise ConfigError(
-                f"{config.where}: {names[0]} is a vision-language model: llama.cpp runs its language model only; "
-                "give --text-only to convert that"
-            )
         return ARCHITECTURES["Ernie4_5_MoeForCausalLM"]
     if names[0] not in ARCHITECTURES:
         raise ConfigError(
@@ -129,35 +131,17 @@ def _moe(config: JsonObject, layers: int) -> MoeConfig:
     )
 
 
-def _text_values(values: dict[str, Any], where: str) -> tuple[dict[str, Any], int]:
-    """The values of a VL model's language model, and its number of vision experts.
-
-    What differs between text and vision is a list of two, text first; newer files keep text under `text_config`.
-    """
-    nested = values.get("text_config")
-    if nested is not None and not isinstance(nested, dict):
-        raise ConfigError(f"{where}: text_config: expected an object, found {type(nested).__name__}")
-    merged = {**values, **{key: value for key, value in (nested or {}).items() if key != "architectures"}}
-    experts = merged.get("moe_num_experts")
-    vision = (
-        JsonObject({"moe_num_experts": experts[1]}, where).integer("moe_num_experts", 0, MAX_EXPERTS)
-        if (isinstance(experts, list) and len(experts) == 2)
-        else 0
-    )
-    pairs = {k: v for k, v in merged.items() if k.startswith("moe_") and isinstance(v, list) and len(v) == 2}
-    return {**merged, **{key: pair[0] for key, pair in pairs.items()}}, vision
-
-
 def parse_config(values: dict[str, Any], where: str = "config.json", text_only: bool = False) -> ErnieConfig:
     """Check the keys of config.json; raises ConfigError naming the key, what was found and what was expected.
 
     With `text_only` a VL checkpoint is read as its language model.
     """
     config = JsonObject(values, where)
-    arch = _architecture(config, text_only)
-    vision_experts = None
-    if values["architectures"][0] in VL_ARCHITECTURES:
-        values, vision_experts = _text_values(values, where)
+    arch = _architecture(config)
+    is_vl = values["architectures"][0] in VL_ARCHITECTURES
+    whole = merged_values(values, where) if is_vl else values
+    if is_vl:
+        values = text_values(whole, where)
         config = JsonObject(values, where)
     # llama.cpp's ERNIE graphs ignore the bias of attention output and FFN: such a model would run and be wrong.
     if config.boolean("use_bias", default=False):
@@ -194,7 +178,8 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
         eos=_optional_id(config, "eos_token_id", vocab),
         pad=_optional_id(config, "pad_token_id", vocab),
         quant=parse_quant_config(values.get("quantization_config"), layers, where),
-        vision_experts=vision_experts,
+        vision_experts=vision_experts(whole, where, MAX_EXPERTS) if is_vl and text_only else None,
+        vision=parse_vision(whole, where, head_dim, vocab) if is_vl and not text_only else None,
     )
 
 

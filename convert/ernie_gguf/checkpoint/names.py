@@ -1,7 +1,8 @@
 """A checkpoint's tensor names -> sources under canonical names, those of the -PT files.
 
 Paddle files call the model `ernie.` instead of `model.`, store Linear weights as [in, out], bfloat16 sometimes as raw
-uint16, and spread a quantized module `X.weight` over `X.quant_weight`, `X.weight_scale` and others.
+uint16, and spread a quantized module `X.weight` over `X.quant_weight`, `X.weight_scale` and others. The vision tower is
+`vision_model.` in Baidu's files and `model.vision_model.` in those that transformers writes.
 """
 
 import re
@@ -12,7 +13,7 @@ from ..errors import PlanError
 from .config import ErnieConfig
 from .quantized import STORAGES
 from .shards import TensorHeader
-from .storage import COLUMNS, FIRST_ROW, ROWS, Source, Storage
+from .storage import COLUMNS, PER_MODALITY, ROWS, Source, Storage
 
 # Tensors that llama.cpp has no use for. (pattern, reason)
 DROPPED: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -30,7 +31,12 @@ _VISION: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r".*\.mlp\.gate\.weight_1$"), "router of the vision experts (--text-only)"),
 )
 
-_LINEAR = re.compile(r"(_proj|\.mlp\.gate|^lm_head)\.weight$")
+_LINEAR = re.compile(
+    r"(_proj|\.mlp\.gate|^lm_head)\.weight$"
+    r"|^vision_model\..*\.(proj|qkv|fc1|fc2)\.weight$"
+    r"|^model\.resampler_model\.((spatial|temporal)_linear\.[02]|mlp)\.weight$"
+)
+_TOWER = re.compile(r"(?:model\.|ernie\.)?(?:vision_model|vision_tower)\.(.*)")
 _QUANTIZED = re.compile(r"(.*)\.(quant_weight|weight_scale|super_scales|code_scale|code_zp)$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r".*\.mlp\.experts\.(\d+)\.")
@@ -82,12 +88,14 @@ def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
         raise PlanError(f"tensor {other}: a -PT name among Paddle names (ernie.…): two checkpoints in one folder?")
     grouped: dict[str, tuple[Storage, dict[str, TensorHeader]]] = {}
     for name, header in kept.items():
-        canonical = "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
+        canonical = _canonical(name, config)
         if paddle and (quantized := _QUANTIZED.fullmatch(canonical)):
             module, part = quantized.groups()
             storage = grouped[module][0] if module in grouped else _quantized_storage(module, name, config)
             grouped.setdefault(module, (storage, {}))[1][part] = _raw_bf16(header, paddle)
             continue
+        if canonical in out.sources:
+            raise PlanError(f"tensor {name}: a second {canonical}; two checkpoints in one folder?")
         out.sources[canonical] = Source(
             _float_storage(canonical, paddle, config), {"weight": _raw_bf16(header, paddle)}
         )
@@ -98,16 +106,23 @@ def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
     return out
 
 
+def _canonical(name: str, config: ErnieConfig) -> str:
+    """The name in Baidu's -PT files."""
+    if config.vision is not None and (tower := _TOWER.fullmatch(name)):
+        return f"vision_model.{tower[1]}"
+    return "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name
+
+
 def _raw_bf16(header: TensorHeader, paddle: bool) -> TensorHeader:
     """Paddle's older writer has no bfloat16: it stores the bits as uint16."""
     return replace(header, dtype="BF16") if paddle and header.dtype == "U16" else header
 
 
 def _float_storage(canonical: str, paddle: bool, config: ErnieConfig) -> Storage:
-    vl = config.vision_experts is not None
-    if vl and canonical.endswith(".mlp.moe_statics.e_score_correction_bias"):
-        return FIRST_ROW
+    if config.is_vl and canonical.endswith(".mlp.moe_statics.e_score_correction_bias"):
+        return PER_MODALITY
     if paddle and _LINEAR.search(canonical):
         return COLUMNS
-    # The router of the VL models is a bare parameter, [in, out] in the -PT files too.
-    return COLUMNS if vl and canonical.endswith(".mlp.gate.weight") else ROWS
+    # The routers of the VL models are bare parameters, [in, out] in the -PT files too.
+    routers = (".mlp.gate.weight", ".mlp.gate.weight_1")
+    return COLUMNS if config.is_vl and canonical.endswith(routers) else ROWS

@@ -180,10 +180,10 @@ class _Columns(Storage):
         return columns_at_once(source.main, COLUMN_BYTES)
 
 
-class _FirstRow(_Rows):
+class _PerModality(_Rows):
     """The correction bias of a VL model, [2, E]: text experts, vision experts."""
 
-    name = "text row"
+    name = "row per modality"
 
     def vector_fields(self, k: int) -> dict[str, Field]:
         return {"weight": Field(((2, k),), FLOATS)}
@@ -197,4 +197,4 @@ def columns_at_once(header: TensorHeader, nbytes: int) -> int:
 
 ROWS: Storage = _Rows()
 COLUMNS: Storage = _Columns()
-FIRST_ROW: Storage = _FirstRow()
+PER_MODALITY: Storage = _PerModality()

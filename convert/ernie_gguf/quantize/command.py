@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..gguf_file.outtype import FloatType, Outtype
+from ..gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 
 if TYPE_CHECKING:
     from ..convert import Job
@@ -66,6 +66,15 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     output_tensor_type: Annotated[
         FloatType | None, typer.Option(help="Type of output.weight (default: q8_0).", show_default=False)
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="File for the eyes of a vision-language (VL) checkpoint.", show_default=False),
+    ] = None,
+    mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
+    vision_experts: Annotated[
+        ExpertType, typer.Option(help="Type of the experts for pictures: TEXT says nothing of them.")
+    ] = ExpertType.Q8_0,
+    vision_tokens: Annotated[VisionTokens, typer.Option(help="As of convert.")] = VisionTokens.ALL,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Quantize only the language model of a vision-language (VL) checkpoint.")
     ] = False,
@@ -80,9 +89,9 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
 
     An interrupted run leaves OUTFILE.partial; the same command resumes it.
     """
-    from ..convert import output_path, prepare
+    from ..convert import check_mmproj, output_path, prepare, projector_file
     from ..files import check_output
-    from ..gguf_file.types import GgmlType
+    from ..plan import choose
     from ..report import show
     from .needs import needs
     from .preview import Preview, check_source
@@ -90,13 +99,13 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     from .settings import Settings, choose_device
     from .text import calibration_sequences
 
-    wanted = {"token_embd.weight": token_embedding_type, "output.weight": output_tensor_type}
-    types = {name: GgmlType[float_type.name] for name, float_type in wanted.items() if float_type is not None}
-    job = prepare(source, Outtype.CCQ2, text_only, types)
+    choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
+    job = prepare(source, Outtype.CCQ2, text_only, choices, vision_tokens)
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
     path = output_path(job, outfile or source)
     check_output(path, overwrite)
+    check_mmproj(job, path, mmproj)
     if report is not None:
         check_report_folder(report, overwrite)
     length = min(ctx_size, job.config.context)
@@ -111,7 +120,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     kernels, note = _prepared(settings)
     _say(*preview.lines(), *([f"note: {note}"] if note else []))
     preview.check_disk()
-    with display(job) as listen, _resume_note(path, job.config.layers):
+    eyes = projector_file(job, mmproj, threads, overwrite)
+    with eyes, display(job) as listen, _resume_note(path, job.config.layers):
         result = run_quantize(job, text, settings, kernels, path, overwrite=overwrite, restart=restart, listen=listen)
     summary = _summary(job, text, settings, result)
     try:

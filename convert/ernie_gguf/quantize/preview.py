@@ -7,6 +7,7 @@ from typing import Any
 
 from ..convert import Job
 from ..errors import OutputError, QuantizeError
+from ..expected import Role
 from ..files import free_bytes
 from ..report import human
 from .needs import Needs
@@ -48,6 +49,12 @@ class Preview:
         moe = self.job.config.moe
         return self.text.sequences.size * moe.used // moe.experts if moe else 0
 
+    @property
+    def vision_experts(self) -> str:
+        """The type of the experts for pictures, or nothing."""
+        found = {tensor.ggml_type.name.lower() for tensor in self.job.plan.tensors if tensor.role is Role.VISION_EXPERT}
+        return ", ".join(sorted(found))
+
     def json(self) -> dict[str, Any]:
         """For --json; sizes in bytes."""
         moe, (sequences, length) = self.job.config.moe, self.text.sequences.shape
@@ -61,6 +68,7 @@ class Preview:
             "sequences": sequences,
             "sequence_tokens": length,
             "tokens_per_expert": self.tokens_per_expert,
+            "vision_experts": self.vision_experts or None,
             "memory": self.needs.memory,
             "gpu_memory": self.needs.device,
             "disk": self.needs.disk,
@@ -79,6 +87,8 @@ class Preview:
             f"needs about {human(needs.memory)} of memory{gpu} and {human(needs.disk)} on the disk (the file: "
             f"{human(self.job.plan.nbytes)}); device {self.settings.device}{threads}",
         ]
+        if self.vision_experts:
+            out.append(f"the experts for pictures become {self.vision_experts}: a text cannot calibrate them")
         if self.tokens_per_expert < _FEW_TOKENS:
             out.append("note: this is a short text; aim for 20,000 tokens per expert")
         if needs.memory > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):

@@ -47,6 +47,10 @@ class ServeError(ErnieGgufError):
 
 def serve(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="The eyes of a vision-language model, for requests with pictures.", show_default=False),
+    ] = None,
     args: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- ARGS]...", help="What is passed on to llama-server: -- --port 8081 -c 32768"),
@@ -56,7 +60,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve FILE over HTTP, in the manner of the OpenAI API, with a page for browsers."""
-    command = server_command(file, args or [])
+    command = server_command(file, args or [], mmproj)
     page = address(args or [])
     typer.echo(f"{shlex.join(command)}\nThe page: {page}", err=True)
     if open_page:
@@ -76,7 +80,7 @@ def address(args: Sequence[str]) -> str:
     return f"http://{host}:{given['--port']}"
 
 
-def server_command(file: Path, args: Sequence[str]) -> list[str]:
+def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) -> list[str]:
     """The command that serves `file`: the defaults that `args` does not decide, then `args`.
 
     Raises:
@@ -86,12 +90,15 @@ def server_command(file: Path, args: Sequence[str]) -> list[str]:
 
     try:
         check_gguf(file)
+        if mmproj is not None:
+            check_gguf(mmproj)
     except ValueError as error:
         raise ServeError(str(error)) from error
     given = {arg.split("=", 1)[0] for arg in args}
     chosen = [part for names, parts in DEFAULTS if not given & set(names) for part in parts]
     alias = [] if given & {"--alias", "-a"} else ["--alias", file.stem]
-    return [str(server_program()), "--model", str(file), *alias, *chosen, *args]
+    eyes = [] if mmproj is None else ["--mmproj", str(mmproj)]
+    return [str(server_program()), "--model", str(file), *eyes, *alias, *chosen, *args]
 
 
 def server_program() -> Path:

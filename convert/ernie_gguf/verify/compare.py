@@ -4,7 +4,7 @@ The mapping says which source belongs to which tensor; `decode` decodes every va
 differs by no more than its type explains, or is a mismatch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -139,10 +139,13 @@ def _tolerated(reader: ShardReader, chunk: "_Chunk", data: U8, type_name: str, k
 
 
 def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_Chunk") -> Finding:
-    k, type_name = tensor.ne[0], tensor.type_name
-    data = np.array(file.rows(tensor)[chunk.at : chunk.at + chunk.rows])
+    k, type_name = chunk.k, tensor.type_name
+    rows = tensor.elements // k
+    data = np.array(file.rows(tensor).reshape(rows, -1)[chunk.at : chunk.at + chunk.rows])
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be anything in a damaged file
         expected = decode.source_rows(reader, chunk.part.source, chunk.row, chunk.rows)
+        if chunk.head:
+            expected = decode.to_sections(expected, chunk.head, chunk.slow)
         found = decode.gguf_rows(data, type_name, k)
     same = found == expected
     if not same.all():
@@ -191,15 +194,22 @@ class _Chunk:
     row: int  # in the source
     rows: int
     at: int  # in the GGUF tensor
+    k: int
+    head: int = 0  # rows of a head whose rows are permuted for M-RoPE, 0 if they are not
+    slow: int = 0  # pairs of it that turn by time
 
 
 def _chunks(tensor: MappedTensor) -> Iterator[_Chunk]:
     step = max(1, _CHUNK_VALUES // tensor.shape[-1])
+    head, slow = len(tensor.head_order), 0
+    if head:
+        step = max(1, step // head) * head
+        slow = head // 2 - tensor.head_order[0] // 2  # the first pair is the first of those that turn by time
     at = 0
     for part in tensor.parts:
         for row in range(part.row, part.row + part.rows, step):
             rows = min(step, part.row + part.rows - row)
-            yield _Chunk(part, row, rows, at)
+            yield _Chunk(part, row, rows, at, tensor.shape[-1], head, slow)
             at += rows
 
 
@@ -207,7 +217,7 @@ def _mismatch(tensor: GgufTensor | None, mapped: MappedTensor) -> str:
     """Why a tensor cannot be compared at all, if so."""
     if tensor is None:
         return "missing from the GGUF"
-    ne = tuple(reversed(mapped.shape))
+    ne = tuple(reversed(mapped.file_shape or mapped.shape))
     if tensor.ne not in (ne, (*ne, 1)):
         return f"ne is {list(tensor.ne)}, expected {list(ne)}"
     if tensor.type_name not in decode.GGUF_DECODERS:
@@ -217,25 +227,45 @@ def _mismatch(tensor: GgufTensor | None, mapped: MappedTensor) -> str:
 
 def _unread(mapped: MappedTensor, tensor: GgufTensor | None) -> Verdict:
     """The verdict before any weight is compared: fine so far, or why it cannot be compared."""
-    source, type_name = mapped.parts[0].source, tensor.type_name if tensor else ""
-    problem = _mismatch(tensor, mapped)
+    problem, type_name = _mismatch(tensor, mapped), tensor.type_name if tensor else ""
+    if mapped.computed:
+        return Verdict(mapped.name, "computed", type_name, True, Finding(problem=problem))
+    source = mapped.parts[0].source
     return Verdict(mapped.name, source.label, type_name, type_name in source.exact_types, Finding(problem=problem))
 
 
-def verify(mapping: TensorMap, file: GgufFile, threads: int, progress: Callable[[int], None]) -> list[Verdict]:
+def _compare_computed(file: GgufFile, tensor: GgufTensor, mapped: MappedTensor) -> Finding:
+    """A tensor that no checkpoint has; tests derive its values in another way."""
+    found = decode.gguf_rows(np.array(file.rows(tensor)), tensor.type_name, tensor.ne[0]).reshape(-1)
+    return Finding(values=found.size, wrong=int((found != np.array(mapped.computed, np.float32)).sum()))
+
+
+def tensors_of(mapping: TensorMap, file: GgufFile) -> tuple[MappedTensor, ...]:
+    """The tensors that a file should hold: those of the mmproj if it is one, else the model's."""
+    return mapping.projector if file.metadata.get("general.architecture") == "clip" else mapping.tensors
+
+
+def verify(
+    wanted: Iterable[MappedTensor], file: GgufFile, threads: int, progress: Callable[[int], None]
+) -> list[Verdict]:
     """Compare all tensors; one verdict each, in the plan's order, then those that only the GGUF has.
 
     `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
     """
+    mapping = tuple(wanted)
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name)) for mapped in mapping.tensors}
+    verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name)) for mapped in mapping}
 
     def compared(mapped: MappedTensor, chunk: _Chunk) -> tuple[str, Finding]:
         return mapped.name, _compare(reader, file, tensors[mapped.name], chunk)
 
     with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
-        reader.open({path for mapped in mapping.tensors for part in mapped.parts for path in part.source.paths})
-        comparable = (mapped for mapped in mapping.tensors if verdicts[mapped.name].ok)
+        reader.open({path for mapped in mapping for part in mapped.parts for path in part.source.paths})
+        comparable = [mapped for mapped in mapping if verdicts[mapped.name].ok]
+        for mapped in comparable:
+            if mapped.computed:
+                found = _compare_computed(file, tensors[mapped.name], mapped)
+                verdicts[mapped.name] = replace(verdicts[mapped.name], finding=found)
         calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in _chunks(mapped))
         with closing(in_order(calls, executor, 2 * threads)) as results:
             for name, found in results:

@@ -124,11 +124,24 @@ def _columns(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
     return _floats(reader.read_columns(source.main, row, rows).T, source.dtype)
 
 
+def to_sections(rows: F32, head: int, slow: int) -> F32:
+    """Rows of heads as they are stored, as M-RoPE has them: [rows, K], `head` rows each, `slow` pairs of time.
+
+    New pair p lies at rows p and p + head/2; it is a pair that the checkpoint keeps in neighbouring rows: those of time
+    come first, then the even ones, then the odd ones.
+    """
+    pairs = rows.reshape(-1, head // 2, 2, rows.shape[-1])
+    space = head // 2 - slow
+    ordered = np.concatenate((pairs[:, space:], pairs[:, :space:2], pairs[:, 1:space:2]), axis=1)
+    out: F32 = ordered.transpose(0, 2, 1, 3).reshape(rows.shape)
+    return out
+
+
 # name of a storage -> its decoder; a storage without one cannot be verified, and a test says so
 DECODERS: dict[str, Callable[[ShardReader, Source, int, int], F32]] = {
     "rows": _rows,
     "columns": _columns,
-    "text row": _rows,
+    "row per modality": _rows,
     "wint8": _int,
     "wint4": _int,
     "ccq wint2": _ccq,
