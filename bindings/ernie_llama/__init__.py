@@ -16,6 +16,7 @@ from ._engine import LlamaState
 from ._info import Info, info
 from ._library import LibraryNotFoundError, data_folder, has_nvidia_device, library_path
 from ._model import check_gguf
+from ._pictures import load_local_image
 from ._processors import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -66,6 +67,7 @@ __all__ = [
     "llama_speculative",
     "llama_tokenizer",
     "llama_types",
+    "load_local_image",
 ]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from . import _options
 from ._sampler import SamplingOptions
+from .llama_chat_format import ChatHandler
 
 
 class LlamaOptions(TypedDict, total=False):
@@ -38,7 +39,7 @@ class LlamaOptions(TypedDict, total=False):
         chat_format: ignored, with a warning: prompts are rendered with a template, not with a format.
         vocab_only: only False.
         lora_base: only None.
-        chat_handler: only None.
+        chat_handler: an object with the path of an mmproj, see `llama_chat_format`; as `mmproj_path`.
         tokenizer: only None.
         spm_infill: only False.
         n_parts: only -1.
@@ -65,7 +66,7 @@ class LlamaOptions(TypedDict, total=False):
     chat_format: str | None
     vocab_only: bool
     lora_base: str | None
-    chat_handler: None
+    chat_handler: ChatHandler | None
     tokenizer: None
     spm_infill: bool
     n_parts: int
@@ -103,7 +104,6 @@ class Refused(NamedTuple):
 LLAMA = {
     "vocab_only": Refused((False, None), "load the model: its weights are mapped into memory, not read"),
     "lora_base": Refused((None, ""), "llama.cpp applies an adapter to any model; pass lora_path only"),
-    "chat_handler": Refused((None,), "chat_template= replaces the chat template of the file"),
     "tokenizer": Refused((None,), "the file has the tokenizer that the model was trained with"),
     "spm_infill": Refused((False, None), "ERNIE has no fill-in-the-middle tokens"),
     "n_parts": Refused((-1, None), "llama.cpp finds the parts of a split file by itself"),

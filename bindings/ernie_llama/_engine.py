@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from . import _structs
 from ._context import Context
 from ._lock import ContextLock, Lease
 from ._model import Model
+from ._mtmd import Eyes
+from ._pictures import Pictures, PictureSize
 from ._sampler import Sampler, Sampling
 from .llama_cache import longest_token_prefix
 
@@ -36,11 +39,13 @@ class LlamaState:
         input_ids: the evaluated tokens.
         llama_state: the cache, as llama.cpp writes it.
         seed: seed of the next draw.
+        pictures: what the negative ids among `input_ids` stand for.
     """
 
     input_ids: tuple[int, ...]
     llama_state: bytes
     seed: int
+    pictures: tuple[PictureSize, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -59,7 +64,8 @@ class Engine:
     Methods marked "needs a lease" use the context; their callers must hold a lease of `lock`.
 
     Attributes:
-        tokens: the evaluated tokens, which are in the KV cache.
+        tokens: the evaluated tokens, which are in the KV cache; negative ids are pictures.
+        pictures: what the negative ids stand for.
         lock: leases the context.
         cache: states of earlier prompts to continue from, if any.
     """
@@ -73,12 +79,15 @@ class Engine:
         logits_all: bool,
         cache_prompt: bool,
         draft_model: LlamaDraftModel | None = None,
+        eyes: Eyes | None = None,
     ) -> None:
         self.model = model
         self.context = context
         self.logits_all = logits_all
         self.lock = ContextLock()
         self.tokens: list[int] = []
+        self.pictures = Pictures(eyes)
+        self._spared = 0  # positions that the tokens do not take, see Pictures.spared
         self._library = library
         self._cache_prompt = cache_prompt
         self._draft_model = draft_model
@@ -92,29 +101,61 @@ class Engine:
         lease = self.lock.acquire_now()
         try:
             self.context.close()
+            if self.pictures.eyes is not None:
+                self.pictures.eyes.close()
             self.model.close()
         finally:
             lease.release()
 
     def keep(self, n: int) -> None:
         """Forget all but the first `n` tokens; needs a lease."""
-        self.context.keep(n)
+        spared = self.pictures.spared(self.tokens[:n])
+        self.context.keep(n - spared)
         del self.tokens[n:]
-        self._n_rows = 0
+        self._n_rows, self._spared = 0, spared
 
     def eval(self, tokens: Sequence[int], n_outputs: int = 1) -> None:
         """As `Llama.eval`, with logits for the last `n_outputs` tokens of each batch; needs a lease."""
         n_ctx = self.context.n_ctx
         if len(self.tokens) + len(tokens) > n_ctx:
             raise ValueError(f"Requested tokens ({len(self.tokens) + len(tokens)}) exceed context window of {n_ctx}")
+        for run in self.pictures.runs(tokens):
+            if run[0] < 0:
+                self._eval_picture(run)
+            else:
+                self._eval_text(run, n_outputs)
+
+    def _eval_picture(self, cells: Sequence[int]) -> None:
+        """Evaluate a picture; it leaves no logits."""
+        eyes, n_past = self.pictures.eyes, len(self.tokens) - self._spared
+        if eyes is None:
+            raise ValueError("the prompt holds a picture: pass Llama(mmproj_path=...)")
+        picture = self.pictures.waiting(cells[0])
+        self._n_rows = 0
+        try:
+            eyes.decode(picture, self.context.pointer, n_past, self.context.n_batch)
+        except BaseException:
+            self.context.keep(n_past)
+            raise
+        if self.logits_all:
+            import numpy as np  # see Context.logits
+
+            rows = np.full((len(cells), self.model.n_vocab()), np.nan, np.float32)
+            self._store_scores(len(self.tokens), rows)
+        self.tokens += cells
+        self._spared += picture.tokens - picture.positions
+        self.pictures.evaluated(cells[0])
+
+    def _eval_text(self, tokens: Sequence[int], n_outputs: int) -> None:
         for start in range(0, len(tokens), self.context.n_batch):
             batch = tokens[start : start + self.context.n_batch]
+            n_past = len(self.tokens) - self._spared
             n_rows = len(batch) if self.logits_all else min(n_outputs, len(batch))
             try:
-                self.context.decode(batch, len(self.tokens), n_rows)
+                self.context.decode(batch, n_past, n_rows)
             except BaseException:
                 self._n_rows = 0
-                self.context.keep(len(self.tokens))  # drop the part of this batch that was evaluated
+                self.context.keep(n_past)  # drop the part of this batch that was evaluated
                 raise
             if self.logits_all:
                 self._store_scores(len(self.tokens), self.context.logits(n_rows))
@@ -200,7 +241,8 @@ class Engine:
 
         room = min(self.context.n_batch, self.context.n_ctx - len(self.tokens)) - 1
         guess = self._draft_model(np.array([*self.tokens, token], np.intc))
-        return [int(each) for each in guess[: max(room, 0)]]
+        drafted = [int(each) for each in guess[: max(room, 0)]]
+        return list(itertools.takewhile(lambda each: each >= 0, drafted))  # a picture is no guess
 
     def _choose(self, sampler: Sampler, drafted: Sequence[int]) -> list[int]:
         """Choose the tokens that follow the evaluated ones before `drafted`, up to the first that was not drafted.
@@ -220,7 +262,7 @@ class Engine:
                 break
         n_kept = n + max(len(chosen) - 1, 0)
         if n_kept < len(self.tokens):
-            self.context.keep(n_kept)  # not self.keep: the logits are still needed
+            self.context.keep(n_kept - self._spared)  # not self.keep: the logits are still needed
             del self.tokens[n_kept:]
         return chosen
 
@@ -230,13 +272,13 @@ class Engine:
             return
         state = self.cache[prompt]
         if longest_token_prefix(state.input_ids, prompt) > longest_token_prefix(self.tokens, prompt):
-            self.set_state(state.input_ids, state.llama_state)
+            self.set_state(state)
 
     def _save_to_cache(self, lease: Lease) -> None:
         """Cache the current state, unless another call has taken over or closed the context."""
         if self.cache is not None:
             with contextlib.suppress(RuntimeError), lease:
-                self.cache[self.tokens] = LlamaState(tuple(self.tokens), self.context.state(), 0)
+                self.cache[self.tokens] = self.state(0)
 
     def _begin(self, prompt: Sequence[int], reset: bool) -> Sequence[int]:
         """Keep what the cache shares with `prompt`, and return the tokens that are still to be evaluated."""
@@ -278,11 +320,16 @@ class Engine:
             finally:
                 self.keep(0)
 
-    def set_state(self, tokens: Sequence[int], state: bytes) -> None:
+    def state(self, seed: int) -> LlamaState:
+        """The state to restore later; needs a lease."""
+        return LlamaState(tuple(self.tokens), self.context.state(), seed, self.pictures.sizes(self.tokens))
+
+    def set_state(self, state: LlamaState) -> None:
         """Restore a saved state; needs a lease."""
         self.keep(0)
-        self.context.set_state(state)
-        self.tokens = list(tokens)
+        self.context.set_state(state.llama_state)
+        self.tokens = self.pictures.restore(state.input_ids, state.pictures)
+        self._spared = self.pictures.spared(self.tokens)
 
 
 def _unit(vector: list[float]) -> list[float]:

@@ -172,7 +172,8 @@ class Sampler(Handle):
         """Show the prompt to the penalties, as llama.cpp's own tools do; the grammar starts after it."""
         if self._penalizes:
             for token in tokens:
-                self._library.llama_sampler_accept(self.pointer, token)
+                if token >= 0:  # pictures have negative ids
+                    self._library.llama_sampler_accept(self.pointer, token)
 
     @property
     def needs_logits(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ._pictures import ImageLoader, picture_bytes
 from .llama_types import ChatCompletionRequestMessage, ChatCompletionTool
 
 if TYPE_CHECKING:
@@ -88,6 +89,27 @@ def _check(messages: Sequence[ChatCompletionRequestMessage]) -> None:
             raise ValueError(f"message {i}, of the {role}, has no content")
 
 
+def without_pictures(
+    message: ChatCompletionRequestMessage, marker: str, loader: ImageLoader | None, found: list[bytes]
+) -> ChatCompletionRequestMessage:
+    """The message with text parts of `marker` in place of `image_url` parts, whose files are added to `found`.
+
+    Raises:
+        ValueError: a picture cannot be had, or a text contains the marker.
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.get("type") == "image_url":
+            found.append(picture_bytes(part.get("image_url"), loader))
+            parts.append({"type": "text", "text": marker})
+        else:
+            parts.append(part)
+    return {**message, "content": parts}
+
+
 def _plain(message: ChatCompletionRequestMessage) -> dict[str, Any]:
     """The message with its content as one text: templates of text models know no parts."""
     plain: dict[str, Any] = dict(message)
@@ -97,7 +119,10 @@ def _plain(message: ChatCompletionRequestMessage) -> dict[str, Any]:
     elif isinstance(content, list):
         for part in content:
             if part.get("type") != "text":
-                raise ValueError(f"a message holds a part of type {part.get('type')!r}; this model reads text only")
+                hint = ", without Llama(mmproj_path=...)" if part.get("type") == "image_url" else ""
+                raise ValueError(
+                    f"a message holds a part of type {part.get('type')!r}; this model reads text only{hint}"
+                )
         plain["content"] = "".join(part["text"] for part in content)
     return plain
 

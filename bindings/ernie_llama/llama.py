@@ -8,10 +8,11 @@ import os
 import random
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _compat, _library, _options, _structs
+from . import _compat, _library, _options, _structs, _template
 from ._chat import ChatResults, format_grammar, tool_grammar
 from ._compat import CompletionOptions, LlamaOptions
 from ._completion import Completion, Results, log_softmax
@@ -20,6 +21,7 @@ from ._engine import Engine, LlamaState
 from ._log import LOG
 from ._model import Model
 from ._output import MARKERS, THINK
+from ._pictures import ImageLoader
 from ._sampler import Sampling, SamplingOptions
 from ._template import ChatTemplate
 from .llama_cache import longest_token_prefix
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from typing_extensions import Self, Unpack  # in the standard library from Python 3.11 on
 
+    from ._mtmd import Eyes
     from .llama_cache import BaseLlamaCache
     from .llama_speculative import LlamaDraftModel
 
@@ -90,6 +93,9 @@ class Llama:
         lora_path: str | os.PathLike[str] | None = None,
         lora_scale: float = 1.0,
         chat_template: str | None = None,
+        mmproj_path: str | os.PathLike[str] | None = None,
+        image_max_tokens: int = 0,
+        image_loader: ImageLoader | None = None,
         cache_prompt: bool = True,
         draft_model: LlamaDraftModel | None = None,
         verbose: bool = False,
@@ -129,6 +135,10 @@ class Llama:
             lora_path: a LoRA adapter in a GGUF file.
             lora_scale: strength of the adapter.
             chat_template: Jinja text to use instead of the file's template.
+            mmproj_path: the GGUF file of the model's vision tower, for messages with `image_url` parts.
+            image_max_tokens: tokens of a picture at most, larger ones are scaled down; 0 for what that file says.
+            image_loader: returns the bytes of a picture whose URL is not a data: URL; `load_local_image` reads local
+                files. Without it nothing is read.
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
                 from those of a fresh start; False starts every call afresh.
@@ -178,6 +188,8 @@ class Llama:
             use_mlock=use_mlock,
             kv_overrides=rare.get("kv_overrides"),
         )
+        self._image_max_tokens = _options.integer("image_max_tokens", image_max_tokens, 0)
+        self._image_loader = image_loader
         self._model = Model(library, self.model_path, model_fields)
         self.metadata = self._model.metadata()
         context_fields |= _compat.context_fields(rare, self.metadata)
@@ -191,11 +203,20 @@ class Llama:
             logits_all=_options.flag("logits_all", logits_all),
             cache_prompt=_options.flag("cache_prompt", cache_prompt) and not embedding,
             draft_model=draft_model,
+            eyes=self._open_eyes(mmproj_path or getattr(rare.get("chat_handler"), "clip_model_path", None), n_threads),
         )
         self.n_batch = self._ctx.n_batch
         self._n_vocab = self._model.n_vocab()
         self._embedding = embedding
         self._chat_template = chat_template
+
+    def _open_eyes(self, path: str | os.PathLike[str] | None, threads: int | None) -> Eyes | None:
+        if path is None:
+            return None
+        from ._mtmd import Eyes
+
+        gpu = self._model.params.n_gpu_layers != 0
+        return Eyes(Path(path), self._model, threads=threads or 0, gpu=gpu, most_tokens=self._image_max_tokens)
 
     def close(self) -> None:
         """Free the model and the context. A second call does nothing; any other later use raises RuntimeError.
@@ -387,7 +408,7 @@ class Llama:
     def save_state(self) -> LlamaState:
         """The state to return to with `load_state`; about as large as the used part of the KV cache."""
         with self._engine.lock.between_steps():
-            return LlamaState(tuple(self._engine.tokens), self._ctx.state(), self._seed)
+            return self._engine.state(self._seed)
 
     def load_state(self, state: LlamaState) -> None:
         """Return to a state of this Llama, or of another one with the same file and options.
@@ -396,7 +417,7 @@ class Llama:
             ValueError: the state belongs to another model or to other options.
         """
         with self._engine.lock.one_step():
-            self._engine.set_state(state.input_ids, state.llama_state)
+            self._engine.set_state(state)
             self._seed = state.seed
 
     def sample(self, *, temp: float = 0.8, **options: Unpack[CompletionOptions]) -> int:
@@ -662,7 +683,9 @@ class Llama:
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
         visible_tools = None if tool_choice == "none" else tools
-        prompt = self.apply_chat_template(messages, visible_tools, chat_template_kwargs=chat_template_kwargs)
+        found: list[bytes] = []
+        seen = self._without_pictures(messages, found)
+        prompt = self.apply_chat_template(seen, visible_tools, chat_template_kwargs=chat_template_kwargs)
         grammars = [
             tool_grammar(tools, tool_choice),
             format_grammar(response_format) if response_format is not None else None,
@@ -673,7 +696,7 @@ class Llama:
             raise ValueError("grammar, response_format and a tool_choice that forces a call exclude each other")
         options["grammar"] = given[0] if given else None
         completion = self._completion(
-            self._chat_tokens(prompt),
+            self._chat_tokens(prompt, found),
             self._sampling(options, temperature),
             max_tokens,
             stop,
@@ -706,9 +729,20 @@ class Llama:
             "convert`, then Llama(FILE)"
         )
 
-    def _chat_tokens(self, prompt: str) -> list[int]:
+    def _without_pictures(
+        self, messages: Sequence[ChatCompletionRequestMessage], found: list[bytes]
+    ) -> Sequence[ChatCompletionRequestMessage]:
+        """The messages with a marker for each picture, whose files are added to `found`."""
+        if (eyes := self._engine.pictures.eyes) is None:
+            return messages
+        return [_template.without_pictures(message, eyes.marker, self._image_loader, found) for message in messages]
+
+    def _chat_tokens(self, prompt: str, pictures: Sequence[bytes]) -> list[int]:
         """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
         bos = self._model.token_text(self.token_bos())
+        if pictures and (eyes := self._engine.pictures.eyes) is not None:
+            add_special = not (bos and prompt.startswith(bos))
+            return self._engine.pictures.ids(eyes.tokenize(prompt, pictures, add_special=add_special))
         return self.tokenize(prompt.encode(), add_bos=not (bos and prompt.startswith(bos)), special=True)
 
     @functools.cached_property

@@ -304,7 +304,8 @@ def test_further_names(llm: Llama) -> None:
     assert answer.choices[0].message.role == "assistant"
     chunks: list[Any] = list(llm.create_chat_completion_openai_v1(MESSAGES, max_tokens=1, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
-    absent: list[Any] = [Llama.from_pretrained, ernie_llama.LlamaHFTokenizer, Llava15ChatHandler]
+    assert Llava15ChatHandler(clip_model_path="eyes.gguf", verbose=False).clip_model_path == "eyes.gguf"
+    absent: list[Any] = [Llama.from_pretrained, ernie_llama.LlamaHFTokenizer]
     for call in absent:
         with pytest.raises(NotImplementedError, match=r"downloads nothing|is not available"):
             call("x")
