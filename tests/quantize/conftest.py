@@ -1,4 +1,4 @@
-"""A small checkpoint, a short text, and what `quantize` makes of them."""
+"""A small checkpoint, a short text, and the command `quantize` on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the shape SMALL; who changes it makes one for himself."""
+    """A checkpoint of the shape SMALL; a test that modifies it must make its own."""
     return make(tmp_path_factory.mktemp("small") / "small", SMALL)
 
 

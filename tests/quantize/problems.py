@@ -1,7 +1,7 @@
-"""Problems for the encoder, and its arithmetic once more: numpy, float64, every choice by trying all.
+"""Problems for the encoder, and its arithmetic a second time: numpy, float64, every choice by trying all.
 
-What is computed here follows the definitions and shares no code with the product: H = G Gᵀ, and block k of E G is what
-the errors up to block k cost.
+This follows the definitions and shares no code with the product: H = G Gᵀ, and the square of block k of E G is what the
+errors up to block k cost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = ("white", "correlated", "loud", "few tokens", "one token", "zeros")
 
 
 def kernels_of(name: str) -> Kernels:
-    """The kernels "torch" or "compiled"; under `make test` the latter have been built."""
+    """The kernels "torch" or "compiled". Under `make test` the latter must be built."""
     if name == "torch":
         return TorchKernels()
     if (library := native.library()) is None:

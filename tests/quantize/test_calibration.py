@@ -1,4 +1,4 @@
-"""What calibration is for: on the inputs that the finished model's experts get, no matrix is worse than without it."""
+"""What calibration is for: on the inputs of the finished model's experts, no matrix is worse than without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command prints: before the start, at the end, as JSON; usage; the report."""
+"""What the command prints before and after a run, as JSON, and for wrong usage; the report."""
 
 from __future__ import annotations
 

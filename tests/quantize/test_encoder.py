@@ -1,4 +1,4 @@
-"""The calibrated encoder as a whole: what it promises of any matrix, any inputs, and their rows' bytes."""
+"""The calibrated encoder as a whole: what it promises for any matrix and any inputs, down to the bytes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def pipeline(maps: int = 3, passes: int = 5, kernels: Kernels | None = None, per
 
 
 def errors(w: torch.Tensor, encoded: Encoded) -> F64:
-    """W - Ŵ [B, N, K], of the bytes."""
+    """W - Ŵ [B, N, K], decoded from the bytes."""
     values = np.stack([dequantize_rows(data, w.shape[2]) for data in encoded.data])
     e: F64 = w.double().numpy() - values
     return e
 
 
 def row_costs(w: torch.Tensor, h: torch.Tensor, encoded: Encoded, percdamp: float = PERCDAMP) -> F64:
-    """E H Eᵀ of every row [B, N], of the bytes, in the damped metric."""
+    """E H Eᵀ of every row [B, N], with Ŵ decoded from the bytes and H damped."""
     costs: F64 = np.stack([truth_of(m, percdamp).cost(e) for m, e in zip(h, errors(w, encoded), strict=True)])
     return costs
 
 
 def plain_bytes(w: torch.Tensor) -> list[npt.NDArray[np.uint8]]:
-    """The plain encoder's, by its code map alone: with H = I and no descent nothing else is left to do."""
+    """The plain encoder's bytes with its one code map: encoding with H = I and no descent is the same."""
     eye = torch.eye(w.shape[2]).expand(len(w), -1, -1)
     return pipeline(maps=1, passes=0).encode(w, eye).data
 
 
 @dataclass(frozen=True)
 class Watched(TorchKernels):
-    """Keeps what the feedback returned: of each group w, e [B, 64, N], and the sum of the costs so far [B, N]."""
+    """Records each group after feedback: w, e [B, 64, N], and the sum of the costs so far [B, N]."""
 
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -59,18 +59,18 @@ class Watched(TorchKernels):
         self.keep(rows, cost)
 
     def keep(self, rows: RowGroup, cost: torch.Tensor) -> None:
-        """At the end of a group."""
+        """Record a group."""
         self.seen.append((rows.w.clone(), rows.e.clone(), cost.clone()))
 
     def last(self) -> tuple[F64, F64]:
-        """Of the last encoding of all columns: E [B, N, K] and the costs [B, N]."""
+        """The last encoding of all columns: E [B, N, K] and the costs [B, N]."""
         groups = self.seen[-K // 64 :]
         e: F64 = torch.cat([e for _, e, _ in groups], 1).mT.double().numpy()
         return e, groups[-1][2].double().numpy()
 
 
 class FeedsBackTheTarget(Watched):
-    """The known mistake: what is fed back is t - Ŵ, and not W - Ŵ."""
+    """A known mistake: feed back t - Ŵ instead of W - Ŵ."""
 
     def feedback_group(
         self, rows: RowGroup, target: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
@@ -81,7 +81,7 @@ class FeedsBackTheTarget(Watched):
 
 
 def feedback_costs(kernels: Watched, kind: str) -> tuple[F64, F64]:
-    """The summed costs of the feedback, and E H Eᵀ; weights of size 1, so that no row is scaled."""
+    """The summed costs of feedback, and E H Eᵀ. Weights are of size 1, so that no row is scaled."""
     w, h = weights_of(2, 32, K, seed=1), hessian_of(kind, 2, K, seed=2)
     w *= 0.75 / w.abs().amax(2, keepdim=True)
     pipeline(maps=1, passes=0, kernels=kernels).encode(w, h)
@@ -103,16 +103,16 @@ def test_feeding_back_the_error_against_the_target_is_found_out(kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["correlated", "loud", "few tokens", "one token"])
 def test_each_part_of_the_method_helps(kind: str) -> None:
-    """Sums over the rows: plain, error feedback, five passes of descent, three code maps instead of one."""
+    """The total cost: plain, with LDLQ, five passes of coordinate descent, three code maps instead of one."""
     w, h = weights_of(1, 64, K, seed=3), hessian_of(kind, 1, K, seed=4)
     eye = torch.eye(K)[None]
     plain = row_costs(w, h, pipeline(1, 0).encode(w, eye)).sum()
     fed = row_costs(w, h, pipeline(1, 0).encode(w, h)).sum()
     descended = row_costs(w, h, pipeline(1, 5).encode(w, h)).sum()
-    pooled = row_costs(w, h, pipeline(3, 5).encode(w, h)).sum()
+    best_map = row_costs(w, h, pipeline(3, 5).encode(w, h)).sum()
     assert fed < 0.9 * plain
     assert descended < 0.998 * fed
-    assert pooled < 0.99 * descended
+    assert best_map < 0.99 * descended
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -125,7 +125,7 @@ def test_no_row_is_worse_than_with_the_plain_encoder(kind: str, name: str) -> No
 
 
 class Spoils(TorchKernels):
-    """A descent after which half of the rows are far off."""
+    """A descent that ruins half of the rows."""
 
     def descend_group(
         self, rows: RowGroup, eh: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
@@ -225,7 +225,7 @@ def test_scale_correction_leaves_half_of_the_shrinkage() -> None:
 
 @dataclass(frozen=True)
 class WatchedDescent(TorchKernels):
-    """Keeps w and e [B, 64, N] of each group from before it is descended: groups do not change each other's."""
+    """Records w and e [B, 64, N] of each group before its descent, which changes no other group's."""
 
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -260,7 +260,7 @@ def test_a_power_of_two_changes_super_scales_alone() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("size", [1e38, -1e38, 1e25, 1e-25, 1e-38])
 def test_rows_at_the_ends_of_float32(size: float, name: str) -> None:
-    """Beside others they are encoded as well as at any size."""
+    """Among other rows they are encoded as well as rows of any size."""
     w, h = weights_of(1, 16, K), hessian_of("correlated", 1, K)
     w[0, 3:5] *= np.sign(size) / w[0, 3:5].abs().amax(1, keepdim=True)
     usual = errors(w, pipeline().encode(w, h))[0, 3:5]
@@ -304,7 +304,7 @@ def test_a_quiet_group_beside_a_loud_one() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_matrices_do_not_see_each_other(name: str) -> None:
-    """A matrix beside others, with other maps and zeros, and alone: a row may differ where bytes cost the same."""
+    """A matrix alone, and among others with other maps and zeros. A row may differ where bytes cost the same."""
     w, h = weights_of(3, 48, K, seed=13), torch.cat([hessian_of(kind, 1, K) for kind in ("loud", "zeros", "one token")])
     w[1, :20] = 0
     together = pipeline(kernels=kernels_of(name)).encode(w, h)

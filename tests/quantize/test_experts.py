@@ -217,7 +217,7 @@ def test_a_dead_expert_is_encoded_and_gives_nothing(matrices: Matrices, inputs: 
 
 
 def test_experts_do_not_depend_on_each_other(matrices: Matrices, inputs: LayerInput) -> None:
-    """In whatever order and company; a row may differ where bytes cost the same."""
+    """In any order and any company. A row may differ where bytes cost the same."""
     together = encode(matrices, inputs, 2, 3, 0)
     assert [found.expert for found in together] == [2, 3, 0]
     for found in together:
@@ -234,7 +234,7 @@ def test_inputs_that_are_not_finite_are_an_error(matrices: Matrices, inputs: Lay
 
 
 def test_the_expert_that_overflows_is_named(matrices: Matrices, inputs: LayerInput) -> None:
-    """Its gate times its up is beyond float32; the others' are not."""
+    """Its gate times its up overflows float32; the others' do not."""
     matrices.of["gate"][1] *= 1e19
     matrices.of["up"][1] *= 1e19
     with pytest.raises(ActivationError, match=r"^layer 3, expert 1: the inputs of down_proj are not finite"):

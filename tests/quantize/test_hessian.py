@@ -31,7 +31,7 @@ def test_g_is_feedback_times_block_root(h: torch.Tensor) -> None:
 
 
 def test_feedback_adds_the_errors_of_the_columns_before(h: torch.Tensor) -> None:
-    """U = G D⁻¹ is upper triangular and each 4x4 block on its diagonal the identity: no byte feeds itself."""
+    """U = G D⁻¹ is upper triangular, its 4x4 diagonal blocks are the identity: no byte feeds itself."""
     feedback = factor(h, PERCDAMP).feedback
     assert feedback.tril(-1).abs().max() < 1e-6
     assert (diagonal_blocks(feedback, 4) - torch.eye(4)).abs().max() < 1e-6
@@ -62,7 +62,7 @@ def test_h_is_scaled_then_damped() -> None:
 
 
 def test_the_size_of_h_does_not_matter(h: torch.Tensor) -> None:
-    """A power of two rounds nothing."""
+    """Scaling by a power of two rounds nothing."""
     ours, larger = factor(h, PERCDAMP), factor(h * 2.0**40, PERCDAMP)
     for name in ("h", "feedback", "block_root", "diag_root", "diag_inverse"):
         assert torch.equal(getattr(ours, name), getattr(larger, name)), name

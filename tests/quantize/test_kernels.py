@@ -1,4 +1,4 @@
-"""The inner loops, in torch and compiled: groups typed by hand, then every choice against all 256 in float64."""
+"""The inner loops in torch and compiled: groups written by hand, then every choice against all 256 in float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows under work: w, e [B, K, N], d, cost [B, N], codes [B, K/4, N], scales [B, K/64, N], map_index [B, N/16]."""
+    """Rows being encoded: w, e [B, K, N], d, cost [B, N], codes [B, K/4, N], scales [B, K/64, N].
+
+    map_index [B, N/16] are the maps of the lane blocks.
+    """
 
     hessian: Hessian
     codebooks: Codebooks
@@ -75,12 +78,12 @@ class Problem:
         kernels.descend_group(self.views(group), eh, self.hessian.group(group), self.codebooks, self.cost)
 
     def words(self, b: int) -> F64:
-        """Of each row of a matrix [N, 256, 4]."""
+        """The codewords of each row of a matrix, [N, 256, 4]."""
         maps = tuple((int(m), int(z)) for m, z in self.codebooks.code_maps)
         return codewords_of(maps, self.map_index[b].numpy().repeat(16))
 
     def true_costs(self) -> F64:
-        """E H Eᵀ [B, N]; E from codes, scales and d, not from e."""
+        """E H Eᵀ [B, N], with E from codes, scales and d instead of e."""
         costs: F64 = np.stack([truth.cost(self.errors(b)) for b, truth in enumerate(self.truths)])
         return costs
 
@@ -118,7 +121,7 @@ def pose(w: torch.Tensor, h: torch.Tensor, pool: tuple[tuple[int, int], ...] = T
 
 
 def row_by_hand(codes: list[int], step: float) -> torch.Tensor:
-    """A group of those four bytes, four times over: [64]."""
+    """A group of four bytes, repeated four times: [64]."""
     return torch.tensor([WORDS[code] for code in codes * 4], dtype=torch.float32).flatten() * step
 
 
@@ -182,7 +185,7 @@ def test_an_error_is_fed_into_a_later_column_by_hand(kernels: Kernels) -> None:
 
 
 def test_the_error_is_that_against_w_not_against_the_target(kernels: Kernels) -> None:
-    """The target is met exactly, so nothing is paid, and e = w - ŵ is what the target was moved by."""
+    """The target is met exactly, so the cost is 0, and e = w - ŵ is how far the target was moved."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0) - 3.0, d=0.5)
     kernels.feedback_group(problem.views(0), problem.w + 3.0, plain(), problem.codebooks, problem.cost)
     assert problem.e[0, :, 0].tolist() == [-3.0] * 64
@@ -212,7 +215,7 @@ def test_of_equal_bytes_the_lowest(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_choice_is_the_best_of_all(kernels: Kernels, kind: str) -> None:
-    """The scale is the cheapest of five, each byte the best of 256 after those before it; the cost is theirs."""
+    """The scale is the cheapest of five, each byte the best of 256 given those before it; the cost is their sum."""
     problem = pose(weights_of(1, 16, 64, seed=1), hessian_of(kind, 1, 64, seed=2))
     problem.feed_back(kernels, 0)
     check_group(problem, 0)
@@ -220,7 +223,7 @@ def test_every_choice_is_the_best_of_all(kernels: Kernels, kind: str) -> None:
 
 
 def test_every_choice_of_later_groups_too(kernels: Kernels) -> None:
-    """With errors fed from group to group; matrices with moments and maps of their own."""
+    """Errors are fed from group to group; each matrix has its own Hessian and maps."""
     h = torch.cat([hessian_of("correlated", 1, 256), hessian_of("loud", 1, 256)])
     problem = pose(weights_of(2, 48, 256, seed=3), h)
     for group in range(problem.groups):
@@ -232,7 +235,7 @@ def test_every_choice_of_later_groups_too(kernels: Kernels) -> None:
 
 
 def check_group(problem: Problem, group: int) -> None:
-    """Groups from the first to this one have been encoded."""
+    """Check a group; it and all before it have been encoded."""
     here = slice(64 * group, 64 * (group + 1))
     for b, truth in enumerate(problem.truths):
         w, e, d = problem.w[b].T.double().numpy(), problem.errors(b), problem.d[b].double().numpy()
@@ -283,7 +286,7 @@ def test_compiled_equals_torch(kind: str, shape: tuple[int, int, int]) -> None:
 
 
 def compare(found: Problem, other: Problem) -> list[tuple[int, int]]:
-    """The few rows that are not the same."""
+    """The rows that differ, which must be few."""
     same = (found.codes == other.codes).all(1) & (found.scales == other.scales).all(1)  # [B, N]
     rows = same[:, None].expand_as(found.e)
     assert other.e[rows].numpy() == pytest.approx(found.e[rows].numpy(), abs=1e-6)
@@ -294,7 +297,7 @@ def compare(found: Problem, other: Problem) -> list[tuple[int, int]]:
 
 
 def check_tie(found: Problem, other: Problem, group: int, b: int, row: int) -> None:
-    """Two encodings of a group part at bytes, or by scales, that cost the same."""
+    """Check that two encodings of a group diverge at bytes, or at scales, of equal cost."""
     if found.scales[b, group, row] != other.scales[b, group, row]:
         assert found.cost[b, row] == pytest.approx(float(other.cost[b, row]), rel=1e-4)
         return
@@ -339,7 +342,7 @@ def test_descent_ends_where_no_byte_and_no_scale_can_be_improved_alone(kernels: 
         if torch.equal(old[0], problem.codes) and torch.equal(old[1], problem.scales):
             break
     else:
-        pytest.fail("the descent goes on and on")
+        pytest.fail("the descent does not end")
     ((h, e, w),) = ((t.h, problem.errors(b), problem.w[b].T.double().numpy()) for b, t in enumerate(problem.truths))
     p, words, d = e @ h, problem.words(0), problem.d[0].double().numpy()
     slack = 1e-5 * problem.true_costs()[0]
@@ -380,7 +383,7 @@ def test_zeros_cost_nothing_and_stay(kernels: Kernels) -> None:
 
 
 def test_descent_can_wake_a_silent_group(kernels: Kernels) -> None:
-    """Scale 0, but what the others' errors ask for is half a group of codewords: -p/h points to scale 4."""
+    """Scale 0, but the others' errors ask for half a group of codewords: the best scale is 4."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0), d=0.5)
     problem.codes[:] = torch.tensor(BYTES * 4, dtype=torch.uint8)[:, None]
     problem.cost.copy_(problem.e.square().sum(1))
@@ -390,7 +393,7 @@ def test_descent_can_wake_a_silent_group(kernels: Kernels) -> None:
 
 
 def test_scales_end_at_15(kernels: Kernels) -> None:
-    """Codewords times 20 d: 15 is the most that four bits hold."""
+    """Codewords times 20 d: four bits hold at most 15."""
     problem = pose_by_hand(row_by_hand(BYTES, 2.0), d=0.1)
     kernels.feedback_group(problem.views(0), problem.w, plain(), problem.codebooks, problem.cost)
     assert problem.scales[0, 0].tolist() == [15] * 16
@@ -407,7 +410,7 @@ def test_rows_far_too_loud_for_their_super_scale(kernels: Kernels) -> None:
 
 
 def test_only_its_own_rows_are_written(kernels: Kernels) -> None:
-    """The other groups of the same arrays stay as they are."""
+    """The other groups in the same arrays do not change."""
     problem = pose(weights_of(2, 16, 192), hessian_of("correlated", 2, 192))
     problem.codes.fill_(77)
     problem.scales.fill_(9)

@@ -1,4 +1,4 @@
-"""What is shown while a run goes on."""
+"""The progress of a run, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrix(layer: int, expert: int, weights: int, error: float, plain: float) ->
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in its only place."""
+    """The time that the module sees; a test may change it."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
@@ -68,7 +68,7 @@ def test_a_line_per_layer_where_there_is_no_terminal(clock: list[float], capfd: 
 
 
 class Terminal(io.StringIO):
-    """A terminal that remembers."""
+    """A terminal that records what is written."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The quantizer from the command to the file: what it makes, and that bad input is a line and leaves nothing behind."""
+"""The quantizer from the command to the file: its output, and that bad input gives one line and no file."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_file_holds_what_convert_writes_but_for_better_experts(
 
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_the_same_input_gives_the_same_bytes(quantize: Quantize, small: Path, tmp_path: Path, threads: str) -> None:
-    """With any number of threads: no sum depends on it."""
+    """With any number of threads: no sum depends on them."""
     first, second = tmp_path / "1.gguf", tmp_path / "2.gguf"
     assert quantize(small, first).code == 0
     assert quantize(small, second, "--threads", threads).code == 0
@@ -144,7 +144,7 @@ def test_a_vision_model_keeps_its_eyes(quantize: Quantize, tmp_path: Path) -> No
 def test_the_compiled_search_and_torch_agree(
     quantize: Quantize, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums in another order decide a few near ties otherwise: the errors are the same within a hundredth."""
+    """Sums in another order decide a few near ties differently; errors agree within a hundredth."""
     if native.library() is None:
         pytest.skip("the compiled search is not built: run make search")
     compiled = quantize(small, tmp_path / "compiled.gguf", "--json", "--maps", "1")
@@ -395,7 +395,7 @@ def test_a_disk_that_is_too_small_is_known_before(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2])  # the model; what layer 0 gets; what it gives
+@pytest.mark.parametrize("calls", [0, 1, 2])  # the model; the input of layer 0; its output
 def test_the_disk_fills_up_before_a_layer_is_done(
     quantize: Quantize, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
@@ -450,7 +450,7 @@ def test_a_gpu_that_is_missing(quantize: Quantize, small: Path, tmp_path: Path) 
 def test_memory_that_is_too_small(
     quantize: Quantize, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel lets a process take nearly any size, so this is what torch says where it does not."""
+    """Linux overcommits memory, so raise what torch raises where an allocation fails."""
 
     def hessian(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you …")

@@ -1,4 +1,4 @@
-"""Calibration text: tokens as SentencePiece gives them, however it is read; a clear line for each kind of bad input."""
+"""Calibration text: SentencePiece's tokens, however the file is read; a clear line for each kind of bad input."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def sequences_of(*paths: Path, length: int = 64, max_tokens: int = EVERYTHING, s
 
 
 def without_bos(folder: Path) -> Path:
-    """The example's tokenizer, adding no BOS."""
+    """The example's tokenizer, but without BOS."""
     folder.mkdir()
     copy_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))

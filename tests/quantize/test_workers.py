@@ -1,8 +1,7 @@
-"""The threads of a run."""
+"""The threads of a run; tests/test_workers.py has the order of their results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from threading import Event
 
@@ -26,51 +25,10 @@ class Quick(TorchKernels):
         pass
 
 
-def test_results_come_in_order_whoever_is_first() -> None:
-    late = Event()
-
-    def second() -> int:
-        late.set()
-        return 2
-
-    def first() -> int:
-        assert late.wait(10)
-        return 1
-
-    with Workers("cpu", 2) as workers:
-        assert list(workers.in_order([first, second, lambda: 3, lambda: 4])) == [1, 2, 3, 4]
-
-
-def test_few_are_under_way() -> None:
-    """A layer's inputs need not be in memory all at once."""
-    begun = []
-
-    def call(i: int) -> int:
-        begun.append(i)
-        return i
-
-    def calls() -> list[Callable[[], int]]:
-        return [partial(call, i) for i in range(100)]
-
-    with Workers("cpu", 2) as workers:
-        next(workers.in_order(calls()))
-        assert len(begun) <= 3
-
-
 def test_each_has_one_thread_of_torch_and_no_gradients() -> None:
     with Workers("cpu", 3) as workers:
         found = list(workers.in_order([lambda: (torch.get_num_threads(), torch.is_inference_mode_enabled())] * 6))
     assert found == [(1, True)] * 6
-
-
-def test_a_failure_comes_when_its_turn_comes() -> None:
-    def fail() -> int:
-        raise ValueError("expert 1")
-
-    with Workers("cpu", 2) as workers, pytest.raises(ValueError, match="expert 1"):
-        results = workers.in_order([lambda: 0, fail, lambda: 2])
-        assert next(results) == 0
-        next(results)
 
 
 @pytest.mark.parametrize("method", ["feedback_group", "descend_group"])

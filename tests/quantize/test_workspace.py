@@ -1,4 +1,4 @@
-"""Interrupted runs: what is kept, that going on gives the bytes of a run in one go, and what is refused."""
+"""Interrupted runs: what is kept, that resuming gives the bytes of an uninterrupted run, and what is refused."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ main()
 
 
 def quantize_and_kill(place: str, source: Path, out: Path, text: Path) -> int:
-    """In a process of its own, which kills itself at that place if it comes there; its exit status."""
+    """Run in a process that kills itself at `place` if it gets there. Returns its exit status."""
     code = f"place = {place!r}\n{KILLED}"
-    arguments = ("quantize", source, "--outfile", out, "--calibration", text, *QUICK)
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True).returncode
+    options = ("quantize", source, "--outfile", out, "--calibration", text, *QUICK)
+    return subprocess.run([sys.executable, "-c", code, *options], check=False, capture_output=True).returncode
 
 
 @pytest.fixture(scope="module")
 def in_one_go(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file that a run without interruption makes."""
+    """The file of an uninterrupted run."""
     path = tmp_path_factory.mktemp("once") / "out.gguf"
     assert quantize_and_kill("nowhere", small, path, text) == 0
     return path.read_bytes()
@@ -75,7 +75,7 @@ def in_one_go(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def killed_after_layer_1(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed there."""
+    """The folder that a killed run left."""
     path = tmp_path_factory.mktemp("killed") / "out.gguf"
     assert quantize_and_kill("after layer 1", small, path, text) == -signal.SIGKILL
     return partial_path(path)
@@ -83,13 +83,13 @@ def killed_after_layer_1(small: Path, text: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def left(killed_after_layer_1: Path, out: Path) -> Path:
-    """The same, to go on with to `out`."""
+    """A copy of it, to be resumed to `out`."""
     return shutil.copytree(killed_after_layer_1, partial_path(out))
 
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers that are begun."""
+    """Records the layers that begin."""
     numbers: list[int] = []
 
     def layer(weights: Weights, config: ErnieConfig, number: int) -> Layer:
@@ -101,7 +101,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, layer: int, interrupt: Callable[[], None]) -> None:
-    """Once, when the layer is finished."""
+    """Interrupt once, when the layer is finished."""
     finish = Workspace.finish_layer
 
     def finish_and_interrupt(
@@ -116,7 +116,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, layer: int, interrupt: Call
 
 
 def interrupted_after(quantize: Quantize, monkeypatch: pytest.MonkeyPatch, small: Path, out: Path, layer: int) -> Path:
-    """Leaves the folder of a run that was interrupted there."""
+    """Interrupt a run after a layer. Returns its folder."""
     interrupt_after(monkeypatch, layer, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert quantize(small, out).code == 130
     return partial_path(out)
@@ -143,7 +143,7 @@ def test_a_run_that_ends_leaves_no_folder(quantize: Quantize, small: Path, out: 
     ("layer", "stop"),
     [(0, signal.SIGINT), (1, signal.SIGTERM), (1, None), (2, signal.SIGINT)],  # after the last a name is all that lacks
 )
-def test_going_on_after_a_layer(
+def test_resuming_after_a_layer(
     quantize: Quantize,
     monkeypatch: pytest.MonkeyPatch,
     small: Path,
@@ -175,7 +175,7 @@ def test_going_on_after_a_layer(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_the_report_of_a_run_that_went_on_is_whole(
+def test_the_report_of_a_resumed_run_is_complete(
     quantize: Quantize, monkeypatch: pytest.MonkeyPatch, small: Path, out: Path
 ) -> None:
     interrupted_after(quantize, monkeypatch, small, out, 1)
@@ -187,7 +187,7 @@ def test_the_report_of_a_run_that_went_on_is_whole(
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_going_on_within_a_layer(
+def test_resuming_within_a_layer(
     quantize: Quantize, monkeypatch: pytest.MonkeyPatch, small: Path, out: Path, *, in_one_go: bytes, layer: int
 ) -> None:
     write = run._write_expert
@@ -218,7 +218,7 @@ def test_nothing_is_kept_before_a_layer_is_done(
 
 
 def test_a_run_that_is_killed(quantize: Quantize, small: Path, out: Path, left: Path, in_one_go: bytes) -> None:
-    """By SIGKILL, of which a process learns nothing."""
+    """By SIGKILL, which no process can catch."""
     assert layers_done(left) == 2
     assert quantize(small, out).code == 0
     assert out.read_bytes() == in_one_go
@@ -238,7 +238,7 @@ def test_a_run_that_is_killed_within_a_layer(
 def test_a_run_that_is_killed_when_the_model_has_its_name(
     quantize: Quantize, small: Path, text: Path, out: Path, in_one_go: bytes
 ) -> None:
-    """What is left of the folder does no harm."""
+    """The remains of the folder do no harm."""
     assert quantize_and_kill("with its name", small, out, text) == -signal.SIGKILL
     assert out.read_bytes() == in_one_go
     out.unlink()
@@ -298,7 +298,7 @@ def test_threads_may_change(quantize: Quantize, small: Path, out: Path, left: Pa
     assert out.read_bytes() == in_one_go
 
 
-def test_restart_begins_again(quantize: Quantize, small: Path, out: Path, left: Path, begun: list[int]) -> None:
+def test_restart_starts_over(quantize: Quantize, small: Path, out: Path, left: Path, begun: list[int]) -> None:
     assert left.exists()
     assert quantize(small, out, "--restart").code == 0
     assert begun == list(LAYERS)
@@ -373,7 +373,7 @@ def test_files_of_others_are_not_touched(quantize: Quantize, small: Path, out: P
         assert content(folder) == {"letter.txt": b"dear", "model.gguf": b"old"}
 
 
-def test_a_folder_without_a_state_is_begun_again(
+def test_a_folder_without_a_state_starts_over(
     quantize: Quantize, small: Path, out: Path, left: Path, in_one_go: bytes
 ) -> None:
     """A power cut before the first layer was done."""
@@ -384,7 +384,7 @@ def test_a_folder_without_a_state_is_begun_again(
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What goes to the disk for good, and what happens to names, in order."""
+    """Records syncs, renames and removals in order."""
     events: list[str] = []
     fsync, replace, unlink = os.fsync, Path.replace, Path.unlink
 
