@@ -79,10 +79,11 @@ def main() -> None:
     )
     table = Table("", "seconds", "MB/s", "of cp", "CPU seconds", "peak memory, MB", "of it anonymous, MB", title=title)
     for each, run in runs.items():
-        rate = total / run.wall / 1e6 if "dry" not in each else float("nan")
-        share = runs["cp"].wall / run.wall if "dry" not in each else float("nan")
+        moved = "dry" not in each
+        rate = f"{total / run.wall / 1e6:.0f}" if moved else ""
+        share = f"{runs['cp'].wall / run.wall:.2f}" if moved else ""
         memory = (f"{run.peak_rss / 1e6:.0f}", f"{run.peak_anonymous / 1e6:.0f}")
-        table.add_row(each, f"{run.wall:.1f}", f"{rate:.0f}", f"{share:.2f}", f"{run.cpu:.1f}", *memory)
+        table.add_row(each, f"{run.wall:.1f}", rate, share, f"{run.cpu:.1f}", *memory)
     results: dict[str, object] = {
         "machine": machine(),
         "layers": layers,
