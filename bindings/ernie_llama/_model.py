@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _structs
+from . import _metadata, _structs
 from ._handle import Handle
 from ._interrupt import Interruptible
 from ._log import LOG
@@ -31,6 +31,7 @@ class Model(Handle):
             ValueError: the file is missing, is not GGUF, or is refused by llama.cpp, with llama.cpp's reason.
         """
         check_gguf(path)
+        _metadata.check(path)
         stop = threading.Event()
         self.params: _structs.llama_model_params = library.llama_model_default_params()
         for name, value in fields.items():
