@@ -320,6 +320,26 @@ class Engine:
             finally:
                 self.keep(0)
 
+    def score(self, tokens: Sequence[int], n_scored: int) -> list[tuple[float, bool]]:
+        """As `Llama.score`; acquires the lock."""
+        import numpy as np  # see Context.logits
+
+        inputs, targets = list(tokens[:-1]), np.array(tokens[-n_scored:])
+        first = len(inputs) - n_scored  # the first position whose logits are needed
+        with self.lock.one_step():
+            if n_scored == 1 and inputs == self.tokens and self.has_logits():  # another choice after the same context
+                return _scores(self.last_logits()[None], targets)
+            self.keep(min(longest_token_prefix(self.tokens, inputs), first))
+            scores: list[tuple[float, bool]] = []
+            while (n := len(self.tokens)) < len(inputs):
+                batch = inputs[n : n + self.context.n_batch]
+                n_outputs = max(n + len(batch) - max(first, n), 1)
+                self.eval(batch, n_outputs)
+                if n + len(batch) > first:
+                    rows = self.context.logits(self._n_rows)[-n_outputs:]
+                    scores += _scores(rows, targets[len(scores) :][:n_outputs])
+            return scores
+
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""
         return LlamaState(tuple(self.tokens), self.context.state(), seed, self.pictures.sizes(self.tokens))
@@ -330,6 +350,18 @@ class Engine:
         self.context.set_state(state.llama_state)
         self.tokens = self.pictures.restore(state.input_ids, state.pictures)
         self._spared = self.pictures.spared(self.tokens)
+
+
+def _scores(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.intp]) -> list[tuple[float, bool]]:
+    """For each row of logits, [n, n_vocab], the log probability of a target token and whether it is the likeliest."""
+    import numpy as np  # see Context.logits
+
+    scores: list[tuple[float, bool]] = []
+    for row, target in zip(logits, targets, strict=True):  # row by row: a row of floats stays in the cache
+        best = int(row.argmax())
+        total = float(np.exp(row - row[best]).sum())
+        scores.append((float(row[target] - row[best]) - math.log(total), bool(row[target] == row[best])))
+    return scores
 
 
 def _unit(vector: list[float]) -> list[float]:

@@ -405,6 +405,25 @@ class Llama:
                 raise RuntimeError("there are no logits before eval()")
             return self._engine.last_logits()
 
+    def score(self, tokens: Sequence[int], n_scored: int) -> list[tuple[float, bool]]:
+        """Log probabilities of the last `n_scored` tokens after those before them, as evaluations of models need them.
+
+        What the evaluated tokens share with `tokens` is not evaluated again.
+
+        Args:
+            tokens: the context and the tokens to score.
+            n_scored: how many to score; the first token has no context and cannot be scored.
+
+        Returns:
+            For each scored token its log probability, and whether it is the likeliest token at its position.
+
+        Raises:
+            ValueError: `n_scored` is not less than the number of tokens, or they exceed the context by more than one.
+        """
+        if not 1 <= _options.integer("n_scored", n_scored) < len(tokens):
+            raise ValueError(f"n_scored is {n_scored}, expected 1 to {len(tokens) - 1}: one token less than there are")
+        return self._engine.score(tokens, n_scored)
+
     def save_state(self) -> LlamaState:
         """The state to return to with `load_state`; about as large as the used part of the KV cache."""
         with self._engine.lock.between_steps():

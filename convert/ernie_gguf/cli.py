@@ -17,6 +17,7 @@ from .errors import ErnieGgufError
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 from .quantize.command import quantize
 from .serving.chat import chat
+from .serving.evaluate import evaluate
 from .serving.serve import serve
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
 
 app = typer.Typer(
-    help="Convert ERNIE-4.5 checkpoints to GGUF for llama.cpp.",
+    help="ERNIE-4.5 checkpoints in llama.cpp: convert, quantize, verify, serve, chat, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -213,6 +214,7 @@ app.command()(build)
 app.command()(info)
 app.command()(serve)
 app.command()(chat)
+app.command("eval")(evaluate)
 
 
 def _mention_leftovers(folder: Path) -> None:
