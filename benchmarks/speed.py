@@ -23,7 +23,7 @@ from pathlib import Path
 from common import add_folder, add_llama_cpp, add_rounds, benchmark_parser, llama_bench, machine, progress, report
 from released import SHAPES, Shape
 from rich.table import Table
-from synthetic import IK_TYPES, TYPES, Type, tensors, write_model
+from synthetic import IK_TYPES, TYPES, Mix, bytes_per_token, write_model
 
 ALL_TYPES = TYPES | IK_TYPES
 OURS = "ours"
@@ -116,7 +116,7 @@ def measure(contenders: list[Contender], shape: Shape, options: argparse.Namespa
         folder = Path(name)
         for on_disk in [types] if options.device == "cpu" else [[each] for each in types]:
             models = {
-                each: write_model(folder / f"{each}.gguf", shape, ALL_TYPES[each])
+                each: write_model(folder / f"{each}.gguf", shape, Mix(ALL_TYPES[each]))
                 for each in progress(on_disk, "writing")
             }
             here = [contender for contender in contenders if contender.ggml_type in models]
@@ -127,14 +127,6 @@ def measure(contenders: list[Contender], shape: Shape, options: argparse.Namespa
             for path in models.values():
                 path.unlink()
     return samples, gpu
-
-
-def bytes_per_token(shape: Shape, expert_type: Type) -> int:
-    """Bytes of weights that one token reads: all but the experts not routed to (the head is the embedding)."""
-    total = 0
-    for tensor in tensors(shape, expert_type):
-        total += tensor.nbytes * shape.used // shape.experts if "_exps." in tensor.name else tensor.nbytes
-    return total
 
 
 def copy_bandwidth() -> float | None:
@@ -251,7 +243,7 @@ def main() -> None:
     if gpu and options.device == "cuda":
         where["gpu"] = gpu
     per_token = {
-        name: bytes_per_token(shape, ALL_TYPES[name]) for name in {contender.ggml_type for contender in contenders}
+        name: bytes_per_token(shape, Mix(ALL_TYPES[name])) for name in {contender.ggml_type for contender in contenders}
     }
     medians = {
         contender: {test: statistics.median(speeds) for test, speeds in by_test.items()}

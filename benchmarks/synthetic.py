@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -21,6 +22,7 @@ ARCH = "ernie4_5-moe"
 
 WEIGHT = 0.02  # about the size of a decoded weight: activations neither vanish nor overflow
 CHUNK_ROWS = 1 << 15
+WRITERS = 8  # threads: a memory file system takes what several of them give it
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,6 +69,13 @@ def tame_f32(rows: Bytes) -> None:
     values[:] = rows.view(np.uint32).astype(np.float32) * np.float32(2 * WEIGHT / 2**32) - np.float32(WEIGHT)
 
 
+def tame_bf16(rows: Bytes) -> None:
+    """Signs and mantissas may be anything, the exponent is that of the weights' size."""
+    bits = rows.view("<u2")
+    exponent = np.array(WEIGHT, "<f4").view("<u4") >> 16 & 0x7F80
+    bits[:] = bits & 0x807F | exponent.astype("<u2")
+
+
 # Layouts as in ggml-common.h; a random code of each type has the size that its scale is divided by
 TYPES = {
     "ccq2": Type(180, ccq2_row_size, tame_ccq2),
@@ -75,6 +84,7 @@ TYPES = {
     "q2_k": block_type(10, 256, 84, {80: WEIGHT / 12, 82: WEIGHT / 8}),
     "q4_0": block_type(2, 32, 18, {0: WEIGHT / 4}),
     "q8_0": block_type(8, 32, 34, {0: WEIGHT / 64}),
+    "bf16": Type(30, lambda k: 2 * k, tame_bf16),
     "f32": Type(0, lambda k: 4 * k, tame_f32),
 }
 # Those of ik_llama.cpp that other builds do not know
@@ -84,6 +94,22 @@ IK_TYPES = {
     "iq2_kl": with_row_scale(157, 86, 2, WEIGHT / 512),
     "iq2_kt": with_row_scale(153, 68, 4, WEIGHT / 4096),
 }
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The types of a model's matrices; the experts of the first `int4_layers` MoE layers are q4_0."""
+
+    experts: Type
+    linear: Type = TYPES["q8_0"]
+    embedding: Type = TYPES["q8_0"]
+    tied: bool = True  # the head is the embedding
+    int4_layers: int = 0
+
+
+def as_shipped(experts: Type) -> Mix:
+    """What `ernie-gguf convert` makes of Baidu's 2-bit 300B, with the 2-bit experts in another type if wanted."""
+    return Mix(experts, embedding=TYPES["bf16"], tied=False, int4_layers=4)
 
 
 @dataclass(frozen=True)
@@ -105,10 +131,10 @@ class Tensor:
         return self.rows * self.type.row_size(self.shape[-1])
 
 
-def tensors(shape: Shape, expert_type: Type) -> Iterator[Tensor]:
-    """All tensors of a model; the head is the embedding."""
-    linear, exact = TYPES["q8_0"], TYPES["f32"]
-    yield Tensor("token_embd.weight", (shape.vocab, shape.hidden), linear)
+def tensors(shape: Shape, mix: Mix) -> Iterator[Tensor]:
+    """All tensors of a model."""
+    linear, exact = mix.linear, TYPES["f32"]
+    yield Tensor("token_embd.weight", (shape.vocab, shape.hidden), mix.embedding)
     for i in range(shape.layers):
         yield Tensor(f"blk.{i}.attn_norm.weight", (shape.hidden,), exact)
         yield Tensor(f"blk.{i}.attn_q.weight", (shape.heads * shape.head_dim, shape.hidden), linear)
@@ -121,11 +147,25 @@ def tensors(shape: Shape, expert_type: Type) -> Iterator[Tensor]:
             continue
         yield Tensor(f"blk.{i}.ffn_gate_inp.weight", (shape.experts, shape.hidden), exact)
         yield Tensor(f"blk.{i}.exp_probs_b.bias", (shape.experts,), exact)
-        yield from mlp(f"blk.{i}.ffn_{{}}_exps.weight", (shape.experts,), shape.hidden, shape.expert_ffn, expert_type)
+        experts = TYPES["q4_0"] if i < shape.dense + mix.int4_layers else mix.experts
+        yield from mlp(f"blk.{i}.ffn_{{}}_exps.weight", (shape.experts,), shape.hidden, shape.expert_ffn, experts)
         if shape.shared:
             width = shape.expert_ffn * shape.shared
             yield from mlp(f"blk.{i}.ffn_{{}}_shexp.weight", (), shape.hidden, width, linear)
     yield Tensor("output_norm.weight", (shape.hidden,), exact)
+    if not mix.tied:
+        yield Tensor("output.weight", (shape.vocab, shape.hidden), mix.embedding)
+
+
+def bytes_per_token(shape: Shape, mix: Mix) -> int:
+    """Bytes of weights that one token reads: all but experts not routed to and an embedding that is not the head."""
+    total = 0
+    for tensor in tensors(shape, mix):
+        if "_exps." in tensor.name:
+            total += tensor.nbytes * shape.used // shape.experts
+        elif mix.tied or tensor.name != "token_embd.weight":
+            total += tensor.nbytes
+    return total
 
 
 def mlp(name: str, stack: tuple[int, ...], hidden: int, width: int, ggml_type: Type) -> Iterator[Tensor]:
@@ -135,7 +175,7 @@ def mlp(name: str, stack: tuple[int, ...], hidden: int, width: int, ggml_type: T
     yield Tensor(name.format("down"), (*stack, hidden, width), ggml_type)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     """Rows of `k` random weights."""
     data = np.random.default_rng(k).integers(0, 256, (rows, ggml_type.row_size(k)), np.uint8)
@@ -143,14 +183,14 @@ def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     return data.tobytes()
 
 
-def write_model(path: Path, shape: Shape, expert_type: Type, holes: bool = False) -> Path:
+def write_model(path: Path, shape: Shape, mix: Mix, holes: bool = False) -> Path:
     """Write one GGUF: random bytes with sane scales, the same ones in tensors of one shape.
 
     With `holes` the file has its size but takes no disk: all weights are zero bytes.
     """
     writer = GGUFWriter(None, ARCH)
     writer.add_block_count(shape.layers)
-    writer.add_context_length(4096)
+    writer.add_context_length(131072)
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length(shape.dense_ffn)
     writer.add_head_count(shape.heads)
@@ -166,9 +206,9 @@ def write_model(path: Path, shape: Shape, expert_type: Type, holes: bool = False
     writer.add_leading_dense_block_count(shape.dense)
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("none")
-    if expert_type is TYPES["ccq2"]:
+    if mix.experts is TYPES["ccq2"]:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
-    planned = list(tensors(shape, expert_type))
+    planned = list(tensors(shape, mix))
     for tensor in planned:
         float32 = np.dtype(np.float32)  # whatever is not uint8: the shape is one of weights, not of bytes
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, raw_dtype=tensor.type.id)
@@ -176,11 +216,23 @@ def write_model(path: Path, shape: Shape, expert_type: Type, holes: bool = False
     if holes:
         os.truncate(path, offset + sum(padded(tensor.nbytes) for tensor in planned))
         return path
-    with path.open("r+b") as file:
+    written = []
+    with path.open("r+b") as file, ThreadPoolExecutor(WRITERS) as threads:
         for tensor in planned:
-            file.seek(offset)
+            row_size = tensor.type.row_size(tensor.shape[-1])
             for begin in range(0, tensor.rows, CHUNK_ROWS):
-                file.write(random_rows(tensor.type, min(CHUNK_ROWS, tensor.rows - begin), tensor.shape[-1]))
+                rows = random_rows(tensor.type, min(CHUNK_ROWS, tensor.rows - begin), tensor.shape[-1])
+                written.append(threads.submit(write_all, file.fileno(), rows, offset + begin * row_size))
             offset += padded(tensor.nbytes)
+        for each in written:
+            each.result()  # raises what its thread raised
         file.truncate(offset)
     return path
+
+
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Write at `offset` in as many calls as the system wants."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done

@@ -69,7 +69,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: synthetic.write_model(
             folder / f"{name}.gguf",
             replace(SHAPES[name], vocab=20000, **changes),  # type: ignore[arg-type]
-            synthetic.TYPES["ccq2"],
+            synthetic.Mix(synthetic.TYPES["ccq2"]),
             holes=True,
         )
         for name, changes in few.items()
