@@ -20,8 +20,9 @@ const ggml_cuda_device_info & ggml_cuda_info() {
     if (info.device_count == 0) {
         cudaDeviceProp device;
         cudaGetDeviceProperties(&device, 0);
-        info.device_count   = 1;
-        info.devices[0].nsm = device.multiProcessorCount;
+        info.device_count     = 1;
+        info.devices[0].nsm   = device.multiProcessorCount;
+        info.devices[0].smpbo = device.sharedMemPerBlockOptin;
     }
     return info;
 }
@@ -110,12 +111,11 @@ struct shape {
 // the largest error of some rows against exact sums over the quantized activations, relative to the sum of magnitudes
 static double error_of(const shape &                s,
                        const char *                 x,
-                       const std::vector<char> &    y,
+                       const std::vector<float> &   y,
                        const std::vector<int32_t> & ids,
                        const std::vector<float> &   dst,
                        const size_t                 row_size) {
-    const int groups = s.k / CCQ_GROUP;
-    double    worst  = 0.0;
+    double worst = 0.0;
     for (int slot = 0; slot < USED; ++slot) {
         for (int row = slot; row < s.nrows; row += s.nrows / 5) {
             std::vector<char> bytes(row_size);
@@ -123,14 +123,18 @@ static double error_of(const shape &                s,
                              cudaMemcpyDeviceToHost));
             ccq_row_header h;
             memcpy(&h, bytes.data(), sizeof(h));
-            const char * y_row = y.data() + (size_t) (slot % s.ne11) * groups * CCQ2_Y_GROUP_SIZE;
-            double       sum = 0.0, size = 0.0;
+            const float * y_row = y.data() + (size_t) (slot % s.ne11) * s.k;
+            double        sum = 0.0, size = 0.0;
             for (int i = 0; i < s.k; ++i) {
-                const int    g = i / CCQ_GROUP;
-                const int    v = ccq2_value(ccq2_code(ccq2_codes(bytes.data())[i / 4], h.M, h.Z), i % 4);
-                const int8_t q = y_row[((i % CCQ_GROUP / 16) * groups + g) * 16 + i % 16];
-                const float  d = ((const float *) (y_row + groups * CCQ_GROUP))[g];
-                const double p = (double) h.d * ccq2_scale(ccq2_scales(bytes.data(), s.k), g) * v * d * q;
+                const int g    = i / CCQ_GROUP;
+                const int v    = ccq2_value(ccq2_code(ccq2_codes(bytes.data())[i / 4], h.M, h.Z), i % 4);
+                float     amax = 0.0f;
+                for (int j = 0; j < CCQ_GROUP; ++j) {
+                    amax = fmaxf(amax, fabsf(y_row[g * CCQ_GROUP + j]));
+                }
+                const double d = amax / 127.0;
+                const double w = (double) h.d * ccq2_scale(ccq2_scales(bytes.data(), s.k), g) * v;
+                const double p = w * d * rint(y_row[i] / d);
                 sum += p;
                 size += fabs(p);
             }
@@ -147,7 +151,6 @@ static void measure(const shape & s) {
     const size_t total    = matrix * EXPERTS;
 
     char *    x[2] = {};
-    char *    y;
     float *   input, *dst;
     int32_t * ids;
     for (int m = 0; m < (s.gate ? 2 : 1); ++m) {
@@ -155,7 +158,6 @@ static void measure(const shape & s) {
         fill<<<4096, 256>>>((uint32_t *) x[m], row_size / 4, total / 4, m * total);
     }
     CHECK(cudaMalloc(&input, s.ne11 * s.k * sizeof(float)));
-    CHECK(cudaMalloc(&y, (size_t) s.ne11 * groups * CCQ2_Y_GROUP_SIZE));
     CHECK(cudaMalloc(&dst, (size_t) USED * s.nrows * sizeof(float)));
     CHECK(cudaMalloc(&ids, EXPERTS * sizeof(int32_t)));
 
@@ -169,25 +171,23 @@ static void measure(const shape & s) {
     }
     CHECK(cudaMemcpy(input, host_input.data(), host_input.size() * sizeof(float), cudaMemcpyHostToDevice));
     CHECK(cudaMemcpy(ids, host_ids.data(), EXPERTS * sizeof(int32_t), cudaMemcpyHostToDevice));
-    ccq2_quantize_y<<<dim3((groups + 7) / 8, s.ne11), dim3(32, 8)>>>(input, y, groups, s.k, s.k * s.ne11, 0, s.ne11, 1);
 
     ccq2_mmv_args a = {};
     a.x             = x[0];
     a.gate          = x[1];
-    a.y             = y;
+    a.y             = input;
     a.dst           = dst;
     a.glu_op        = GGML_GLU_OP_SWIGLU;
     a.groups        = groups;
     a.nrows         = s.nrows;
-    a.team          = std::min(groups, CCQ2_MMV_THREADS);
-    a.teams         = CCQ2_MMV_THREADS / a.team;
     a.row_size      = row_size;
     a.nb02          = matrix;
     a.nb03          = total;
     a.ratio2        = 1;
     a.ratio3        = 1;
     a.ne11          = s.ne11;
-    a.ne12          = 1;
+    a.sy1           = s.k;
+    a.sy2           = s.k * s.ne11;
     a.s1            = s.nrows;
 
     a.ids = ids;
@@ -195,11 +195,9 @@ static void measure(const shape & s) {
     CHECK(cudaDeviceSynchronize());
     double error = NAN;
     if (!s.gate) {
-        std::vector<char>  host_y((size_t) s.ne11 * groups * CCQ2_Y_GROUP_SIZE);
         std::vector<float> host_dst((size_t) USED * s.nrows);
-        CHECK(cudaMemcpy(host_y.data(), y, host_y.size(), cudaMemcpyDeviceToHost));
         CHECK(cudaMemcpy(host_dst.data(), dst, host_dst.size() * sizeof(float), cudaMemcpyDeviceToHost));
-        error = error_of(s, x[0], host_y, host_ids, host_dst, row_size);
+        error = error_of(s, x[0], host_input, host_ids, host_dst, row_size);
     }
 
     const double bytes  = (double) matrix * USED * (s.gate ? 2 : 1);
@@ -222,7 +220,7 @@ static void measure(const shape & s) {
     }
     printf("%-34s %6.1f MB  ccq2 %6.0f GB/s  bare read %6.0f GB/s  %5.1f %%  error %.1e\n", s.name, bytes / 1e6, kernel,
            best_read, 100.0 * kernel / best_read, error);
-    for (void * each : { (void *) x[0], (void *) x[1], (void *) y, (void *) input, (void *) dst, (void *) ids }) {
+    for (void * each : { (void *) x[0], (void *) x[1], (void *) input, (void *) dst, (void *) ids }) {
         CHECK(cudaFree(each));
     }
 }

@@ -29,6 +29,17 @@ static __device__ __forceinline__ int ccq2_unpack(const uint32_t codes, const in
     return ccq2_and_xor(bytes, 0xfcfcfcfc, 0x80808080);
 }
 
+// Decode the code bytes 2i and 2i+1 of four: x holds the first two weights of either byte, y the others. The shifts do for
+// both bytes, so this is seven instructions a byte where ccq2_unpack takes eight.
+static __device__ __forceinline__ int2 ccq2_unpack_pair(const uint32_t codes, const int i, const uint32_t M, const uint32_t Z) {
+    const uint32_t u0   = __byte_perm(codes, 0, 0x4440 + 2 * i) * M + Z;
+    const uint32_t u1   = __byte_perm(codes, 0, 0x4441 + 2 * i) * M + Z;
+    const uint32_t pair = __byte_perm(u0, u1, 0x7632);
+    const uint32_t x    = __byte_perm(pair, pair << 3, 0x7351);
+    const uint32_t y    = __byte_perm(pair << 6, pair << 9, 0x7351);
+    return make_int2(ccq2_and_xor(x, 0xfcfcfcfc, 0x80808080), ccq2_and_xor(y, 0xfcfcfcfc, 0x80808080));
+}
+
 // what the unpacked weights are too large by
 static constexpr float CCQ2_UNPACKED = 4.0f;
 
