@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ernie_gguf.convert import prepare, write_gguf
+from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_llama import Llama
+from support import png
+from support.checkpoints import Spec
 from support.servers import accepts, free_port, running
+from support.vl import make_vl
 
 pytestmark = [pytest.mark.build, pytest.mark.usefixtures("built_library")]
 
@@ -36,7 +41,17 @@ def example(name: str, *args: str | Path, lines: str = "") -> subprocess.Complet
 
 def test_every_example_has_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"demo.py", "completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py"}
+    assert names == {
+        *("demo.py", "completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py", "pictures.py"),
+    }
+
+
+def test_pictures(tmp_path: Path) -> None:
+    (tmp_path / "noise.png").write_bytes(png.noise(84, 56, 0))
+    job = prepare(make_vl(tmp_path / "checkpoint", Spec()), Outtype.BF16)
+    write_gguf(job, tmp_path / "vl.gguf", 1, False, lambda _: None, mmproj=tmp_path / "eyes.gguf")
+    done = example("pictures.py", tmp_path / "vl.gguf", tmp_path / "eyes.gguf", tmp_path / "noise.png")
+    assert done.stdout.startswith(f"{tmp_path / 'noise.png'}  What is written here?  ")
 
 
 def test_demo(tiny_ccq2_gguf: Path) -> None:
