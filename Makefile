@@ -61,9 +61,10 @@ checkout: | $(BIN)/ernie-gguf ## make the llama.cpp tree in BUILD_DIR: upstream,
 refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (one commit per patch)
 	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
 
-$(SEARCH): convert/ernie_gguf/ccq2/search.cpp
-	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O3 -march=native -fno-math-errno -Wall -Wextra -shared -fPIC -o $@ $<
+ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
+
+$(SEARCH): convert/ernie_gguf/ccq2/search.cpp $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
+	$(BIN)/python -m ernie_gguf.engine.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.
 search: $(SEARCH)

@@ -1,18 +1,15 @@
 """The reference encoder: how good, how deterministic, and what it does at the edges."""
 
+import ctypes
 import os
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from ernie_gguf.ccq2 import encode
-from ernie_gguf.ccq2 import native as search
-from ernie_gguf.ccq2.code_maps import CODE_MAPS
-from ernie_gguf.ccq2.encode import BOOKS, encode_rows, nearest, nearest_in_numpy, on_grid
-from ernie_gguf.ccq2.rows import codebook, dequantize_rows, unpack_rows
+from ernie_gguf.arrays import F32, U8
+from ernie_gguf.ccq2 import encode, native
+from ernie_gguf.ccq2.encode import BOOKS, encode_rows, encode_rows_in_numpy, nearest, on_grid
+from ernie_gguf.ccq2.rows import ccq2_row_size, codebook, dequantize_rows, unpack_rows
 from ernie_gguf.errors import Ccq2Error, EncodeError
-
-F32 = npt.NDArray[np.float32]
 
 
 def gaussian(n: int, k: int, seed: int = 0) -> F32:
@@ -36,59 +33,95 @@ def test_half_of_the_shrinkage_remains() -> None:
     assert 0.93 < slope < 0.96  # sqrt(.89)
 
 
+@pytest.fixture
+def compiled() -> ctypes.CDLL:
+    if (library := native.library()) is None:
+        assert "LLAMA_CPP_BIN" not in os.environ, "make test builds it"
+        pytest.skip("the compiled encoder is not built: make search")
+    return library
+
+
+def in_numpy(w: F32, importance: F32 | None = None) -> U8:
+    out = np.empty((len(w), ccq2_row_size(w.shape[1])), np.uint8)
+    encode_rows_in_numpy(w, importance, out)
+    return out
+
+
 def test_nearest_is_the_nearest() -> None:
-    targets = on_grid(gaussian(500, 4, seed=3).astype(np.float64) * 16.5)
-    y = targets.astype(np.float64) / 256  # what the search sees
+    rng = np.random.default_rng(3)
+    targets = on_grid(rng.standard_normal((32, 64)) * 16.5)
+    weight = (rng.integers(1, 9, (32, 64)) / 2).astype(np.float32)  # scores stay exact
+    y, a = targets.astype(np.float64).reshape(-1, 4) / 256, weight.astype(np.float64).reshape(-1, 4)
     for each in BOOKS:
-        distances = ((y[:, None, :] - codebook(each.m, each.z).astype(np.float64)[None]) ** 2).sum(2)
-        codes, scores = nearest(targets, each)
-        assert np.array_equal(distances[np.arange(500), codes], distances.min(1))
-        assert np.array_equal((y**2).sum(1) - 2 * scores / 256, distances.min(1))
+        words = codebook(each.m, each.z).astype(np.float64)
+        distances = (a[:, None, :] * (y[:, None, :] - words[None]) ** 2).sum(2)
+        codes, scores = nearest(targets, weight, each)
+        assert np.array_equal(distances[np.arange(512), codes.reshape(-1)], distances.min(1))
+        assert np.array_equal((a * y**2).sum(1) - 2 * scores.reshape(-1) / 256, distances.min(1))
 
 
 def test_every_codeword_is_its_own_nearest() -> None:
     for each in BOOKS:
-        words = each.words.astype(np.float64)
-        codes, _ = nearest(on_grid(words), each)
-        assert np.array_equal(words[codes], words)  # of equal codewords the first
+        codes, _ = nearest(on_grid(each.words.astype(np.float64).reshape(-1, 64)), np.ones((16, 64), np.float32), each)
+        assert np.array_equal(each.words[codes.reshape(-1)], each.words)  # of equal codewords the first
 
 
-def test_the_compiled_search_gives_the_same() -> None:
-    if not search.LIBRARY.exists():
-        assert "LLAMA_CPP_BIN" not in os.environ, "make test builds it"
-        pytest.skip("the compiled search is not built: make search")
-    rng = np.random.default_rng(4)
-    for n in (1, 15, 16, 79, 80, 81, 1000):
-        targets = on_grid(rng.standard_normal((n, 4)) * 40)
-        for book in BOOKS[:3]:
-            compiled, reference = search.nearest(targets, book.table), nearest_in_numpy(targets, book)
-            assert compiled is not None
-            assert np.array_equal(compiled[0], reference[0])
-            assert np.array_equal(compiled[1], reference[1])
+@pytest.mark.parametrize("k", [256, 512, 2304])
+@pytest.mark.parametrize("importance", ["none", "usual", "mostly zero", "zero"])
+def test_compiled_and_in_numpy_the_bytes_are_the_same(compiled: ctypes.CDLL, k: int, importance: str) -> None:
+    rng = np.random.default_rng(k)
+    w = gaussian(12, k, seed=k) * np.float32(0.02)
+    w[:, ::7] *= 2
+    w[1], w[2, 64:128], w[3, 10] = 0, 0, 1e30
+    w[4] *= 1e-38
+    w[5] *= 1e-43
+    w[6] = 3.4e38
+    of = {
+        "none": None,
+        "usual": rng.standard_normal(k).astype(np.float32) ** 2,
+        "mostly zero": (np.arange(k) % 9 == 0).astype(np.float32),
+        "zero": np.zeros(k, np.float32),
+    }[importance]
+    expected = in_numpy(w, of)
+    for width in native.WIDTHS:
+        if width <= native.vector_width(compiled):
+            got = np.zeros_like(expected)
+            native.encode_rows(compiled, w, of, got, width)
+            assert np.array_equal(got, expected), f"registers of {width} bytes"
 
 
-def test_bytes_are_the_same_without_the_compiled_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = gaussian(40, 512, seed=6)
-    whole = encode_rows(w)
-    monkeypatch.setattr(search, "library", lambda: None)
-    assert np.array_equal(whole, encode_rows(w))
+def test_importance_moves_the_error() -> None:
+    w = gaussian(32, 1024, seed=9)
+    importance = np.where(np.arange(1024) % 2 == 0, 10, 0.1).astype(np.float32)
+    square = {
+        name: ((dequantize_rows(encode_rows(w, of), 1024) - w) ** 2).mean(0)
+        for name, of in (("plain", None), ("weighted", importance))
+    }
+    assert square["weighted"][0::2].mean() < 0.93 * square["plain"][0::2].mean()
+    assert square["weighted"][1::2].mean() > 1.05 * square["plain"][1::2].mean()
 
 
-def test_rows_take_the_map_that_suits_them() -> None:
+def test_only_the_proportions_of_the_importance_count() -> None:
+    w, importance = gaussian(6, 512), gaussian(1, 512)[0] ** 2
+    assert np.array_equal(encode_rows(w, importance), encode_rows(w, importance * np.float32(1024)))
+    assert np.array_equal(encode_rows(w), encode_rows(w, np.full(512, 3, np.float32)))
+    assert np.array_equal(encode_rows(w), encode_rows(w, np.zeros(512, np.float32)))
+
+
+def test_rows_take_the_map_and_the_super_scale_that_suit_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the choice by estimated scales costs against trying every map in full: next to nothing."""
-    w = gaussian(48, 512, seed=7)
-    rows = unpack_rows(encode_rows(w), 512)
-    assert len(set(zip(rows.m.tolist(), rows.z.tolist(), strict=True))) > 8
-    chosen = relative_error(w, dequantize_rows(encode_rows(w), 512))
+    w = gaussian(16, 512, seed=7)
+    data = in_numpy(w)
+    rows = unpack_rows(data, 512)
+    assert len(set(zip(rows.m.tolist(), rows.z.tolist(), strict=True))) > 6
+    chosen = relative_error(w, dequantize_rows(data, 512))
+    monkeypatch.setattr(encode, "TOP_SCALES", encode.TOP_SCALES[:1])
+    assert chosen < relative_error(w, dequantize_rows(in_numpy(w), 512))
     alone = []
-    with pytest.MonkeyPatch.context() as patch:
-        for book, maps in zip(BOOKS, CODE_MAPS, strict=True):
-            patch.setattr(encode, "BOOKS", (book,))
-            patch.setattr(encode, "CODE_MAPS", (maps,))
-            got = dequantize_rows(encode_rows(w), 512)
-            alone.append(((got - w) ** 2).sum(1))
+    for book in BOOKS:
+        monkeypatch.setattr(encode, "BOOKS", (book,))
+        alone.append(((dequantize_rows(in_numpy(w), 512) - w) ** 2).sum(1))
     best = float(np.stack(alone).min(0).sum() / (w**2).sum())
-    assert best <= chosen * (1 + 1e-6)
     assert chosen < best * 1.01
     assert chosen < 0.98 * float(alone[0].sum() / (w**2).sum())
 
@@ -100,12 +133,10 @@ def test_scale_invariance() -> None:
     assert np.array_equal(unpack_rows(large, 512).d, unpack_rows(small, 512).d * np.float32(2**20))
 
 
-def test_rows_do_not_depend_on_their_neighbours_or_on_the_blocking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_their_neighbours() -> None:
     w = gaussian(37, 768, seed=5)
     whole = encode_rows(w)
     assert np.array_equal(whole, np.concatenate([encode_rows(w[i : i + 1]) for i in range(37)]))
-    monkeypatch.setattr(encode, "_ROW_BYTES", 4 * 768 * 5)
-    assert np.array_equal(whole, encode_rows(w))
 
 
 def test_group_scales_of_gaussian_rows_land_high() -> None:

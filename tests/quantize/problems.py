@@ -30,15 +30,17 @@ KERNELS = ("torch", "compiled")
 KINDS = ("white", "correlated", "loud", "few tokens", "one token", "zeros")
 
 
-def kernels_of(name: str) -> Kernels:
-    """The kernels "torch" or "compiled". Under `make test` the latter must be built."""
+def kernels_of(name: str, width: int | None = None) -> Kernels:
+    """The kernels "torch" or "compiled". Under `make test` the latter must be built. `width`: see CpuKernels."""
     if name == "torch":
         return TorchKernels()
     if (library := native.library()) is None:
         if os.environ.get("LLAMA_CPP_BIN"):
             pytest.fail("the compiled search is not built: run make build")
         pytest.skip("the compiled search is not built: run make search")
-    return CpuKernels(library)
+    if width and width > native.vector_width(library):
+        pytest.skip(f"this machine has no vector registers of {width} bytes")
+    return CpuKernels(library, width)
 
 
 def inputs_of(kind: str, tokens: int, k: int, seed: int) -> torch.Tensor:

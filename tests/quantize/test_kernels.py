@@ -259,14 +259,15 @@ def check_group(problem: Problem, group: int) -> None:
 SHAPES = ((1, 16, 64), (3, 16, 128), (1, 80, 256), (2, 112, 64))  # rows: multiples of 16, not all of 64
 
 
+@pytest.mark.parametrize("width", native.WIDTHS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_torch(kind: str, shape: tuple[int, int, int]) -> None:
+def test_compiled_equals_torch(kind: str, shape: tuple[int, int, int], width: int) -> None:
     """Feedback from left to right, then descent: the same choices but for ties within rounding.
 
     A tie changes what comes after it, so rows are compared one group at a time, from the same start.
     """
-    torch_kernels, compiled = kernels_of("torch"), kernels_of("compiled")
+    torch_kernels, compiled = kernels_of("torch"), kernels_of("compiled", width)
     b, n, k = shape
     problem = pose(weights_of(*shape, seed=n), hessian_of(kind, b, k, seed=k))
     if n > 16:  # also runs of one map, longer than the four lane blocks that descend together

@@ -1,4 +1,4 @@
-"""The compiled search, search.cpp. `make search` builds it; the encoders work without it, only slower."""
+"""The compiled encoders: ggml-ccq-encode.cpp and search.cpp. `make search` builds them; without, encoding is slow."""
 
 import ctypes
 from functools import cache
@@ -9,6 +9,7 @@ import numpy as np
 from ..arrays import F32, U8
 
 LIBRARY = Path(__file__).parent / "lib" / "libccq_search.so"  # `make search` links the folder here
+WIDTHS = (16, 32, 64)  # of vector registers, in bytes
 
 
 @cache
@@ -17,15 +18,18 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
 
 
-def nearest(targets: F32, table: F32) -> tuple[U8, F32] | None:
-    """For targets y [n, 4] and a table [256, 5]: the byte with the greatest score y·e[:4] + e[4], and the score.
+def vector_width(compiled: ctypes.CDLL) -> int:
+    """The widest vector registers of this machine that the library has code for: one of WIDTHS."""
+    return int(compiled.ccq2_vector_width())
 
-    Ties go to the lowest byte. None if the library has not been built.
+
+def encode_rows(compiled: ctypes.CDLL, w: F32, importance: F32 | None, out: U8, width: int | None = None) -> None:
+    """Finite rows w [N, K] -> ccq2 rows `out` [N, row size], C-contiguous; see `encode.encode_rows`.
+
+    The bytes are the same for every `width` up to vector_width(), which is the default.
     """
-    if (native := library()) is None:
-        return None
-    targets = np.ascontiguousarray(targets)
-    n = len(targets)
-    codes, scores = np.empty(n, np.uint8), np.empty(n, np.float32)
-    native.ccq_nearest(ctypes.c_int64(n), *(a.ctypes.data_as(ctypes.c_void_p) for a in (targets, table, codes, scores)))
-    return codes, scores
+    w = np.ascontiguousarray(w)
+    importance = None if importance is None else np.ascontiguousarray(importance)
+    arrays = (None if a is None else a.ctypes.data_as(ctypes.c_void_p) for a in (w, importance, out))
+    n, k = map(ctypes.c_int64, w.shape)
+    compiled.ccq2_encode_rows(ctypes.c_int(width or vector_width(compiled)), n, k, *arrays)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..arrays import U8
-from ..ccq2.encode import BOOK_RMS, D_LIMIT, TOP_SCALE
+from ..ccq2.encode import BOOK_RMS, D_LIMIT, TOP_SCALES
 from ..ccq2.rows import GROUP, Ccq2Rows, pack_rows
 from .hessian import BLOCK, Hessian, factor, identity
 from .kernels import CODE_BYTES, LANES, Codebooks, Kernels, RowGroup
@@ -154,7 +154,7 @@ def start(w: torch.Tensor, hessian: Hessian) -> tuple[Rows, torch.Tensor]:
     columns = (w / unit[:, :, None]).mT.contiguous()
     b, k, n = columns.shape
     rms = columns.reshape(b, k // GROUP, GROUP, n).square().mean(2).sqrt()  # [B, K/64, N]
-    d = rms.amax(1) / BOOK_RMS / TOP_SCALE
+    d = rms.amax(1) / BOOK_RMS / TOP_SCALES[0]
     rows = Rows(
         w=columns,
         hw=hessian.h @ columns,

@@ -4,15 +4,17 @@ import ctypes
 
 import torch
 
+from ..ccq2 import native
 from .hessian import GroupHessian
 from .kernels import Codebooks, RowGroup
 
 
 class CpuKernels:
-    """See Kernels for what each method does."""
+    """See Kernels for what each method does. `width` of the vector registers, in bytes; None: the widest."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, width: int | None = None) -> None:
         self._library = library
+        self._width = ctypes.c_int(width or native.vector_width(library))
 
     def feedback_group(
         self, rows: RowGroup, target: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
@@ -33,10 +35,11 @@ class CpuKernels:
         self._call("ccq_descend_group", rows, codebooks, (rows.w, eh, rows.d, *small, rows.map_index, *outputs))
 
     def _call(self, name: str, rows: RowGroup, codebooks: Codebooks, arrays: tuple[torch.Tensor, ...]) -> None:
-        """Call `name`(rows, stride of columns, code maps, arrays …) for each matrix."""
+        """Call `name`(register width, rows, stride of columns, code maps, arrays …) for each matrix."""
         function = getattr(self._library, name)
         code_maps = codebooks.code_maps.to(torch.uint32)
         n, stride = rows.w.shape[2], rows.w.stride(1)
         for b in range(len(rows.w)):
             pointers = (ctypes.c_void_p(a[b].data_ptr()) for a in arrays)
-            function(ctypes.c_int64(n), ctypes.c_int64(stride), ctypes.c_void_p(code_maps.data_ptr()), *pointers)
+            sizes = (self._width, ctypes.c_int64(n), ctypes.c_int64(stride))
+            function(*sizes, ctypes.c_void_p(code_maps.data_ptr()), *pointers)
