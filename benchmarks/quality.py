@@ -6,8 +6,8 @@
 converts the checkpoint to bf16 and lets llama-perplexity keep its token probabilities on the first `--evaluate-bytes`
 of the evaluation text. Then, for each type, it makes a file whose experts have that type and everything else q8_0, and
 compares its probabilities with bf16's. `ernie-gguf convert` makes the plain ccq2, `ernie-gguf quantize` the calibrated
-one, and llama-quantize llama.cpp's types, with an importance matrix from the same calibration text. The rows bf16 and
-q8_0 are for reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
+one, and llama-quantize ccq2-imatrix and llama.cpp's types, with an importance matrix from the same calibration text.
+The rows bf16 and q8_0 are for reference: bf16 against itself shows what storing the probabilities in 16 bits costs.
 
 A TEXT is a file, or a folder whose Python files are read in the order of their names: examples/ernie-tiny has learnt
 Python, so this repository's own sources serve it. `--only` chooses rows; without torch, leave ccq2-calibrated out.
@@ -47,8 +47,10 @@ from rich.table import Table
 TOOLS = ("llama-perplexity", "llama-imatrix", "llama-quantize")
 
 CALIBRATED = "ccq2-calibrated"
+WITH_IMATRIX = "ccq2-imatrix"
 PEERS = ("iq2_xxs", "iq2_xs", "iq2_s", "q2_K", "iq3_xxs", "q4_0")
-ROWS = ("bf16", "q8_0", "ccq2", CALIBRATED, *PEERS)
+ROWS = ("bf16", "q8_0", "ccq2", WITH_IMATRIX, CALIBRATED, *PEERS)
+USE_IMATRIX = (WITH_IMATRIX, *PEERS)
 
 EXPERTS, ROUTER = "_exps.", ".ffn_gate_inp."  # in the names of GGUF
 _NUMBER = r"(-?\d+\.\d+)"
@@ -142,7 +144,7 @@ def check_imatrix_was_used(output: str) -> None:
 
 def types_of(name: str) -> tuple[str, str]:
     """Types of the experts and of the other matrices in a row's file."""
-    return (name.removesuffix("-calibrated"), "bf16" if name == "bf16" else "q8_0")
+    return (name.split("-", maxsplit=1)[0], "bf16" if name == "bf16" else "q8_0")
 
 
 def command_to_make(name: str, path: Path, options: argparse.Namespace) -> list[str | Path]:
@@ -151,13 +153,15 @@ def command_to_make(name: str, path: Path, options: argparse.Namespace) -> list[
         text = path.with_name("calibration.txt")
         more = ["--threads", str(options.threads), *shlex.split(options.quantize_args)]
         return [our_command(), "quantize", options.checkpoint, "--calibration", text, "--outfile", path, *more]
+    imatrix, source = path.with_name("imatrix.gguf"), path.with_name("bf16.gguf")
+    tool = [options.llama_cpp / "llama-quantize", "--imatrix", imatrix]
+    if name == WITH_IMATRIX:
+        return [*tool, source, path, "CCQ2", str(options.threads)]
     if name not in PEERS:
         return [our_command(), "convert", options.checkpoint, "--outtype", name, "--outfile", path]
     types = ["--tensor-type", f"ffn_(gate|up|down)_exps={name}"]
     types += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
-    imatrix, source = path.with_name("imatrix.gguf"), path.with_name("bf16.gguf")
-    tool = options.llama_cpp / "llama-quantize"
-    return [tool, "--imatrix", imatrix, *types, source, path, "Q8_0", str(options.threads)]
+    return [*tool, *types, source, path, "Q8_0", str(options.threads)]
 
 
 def make(name: str, folder: Path, options: argparse.Namespace) -> tuple[GgufFile, float]:
@@ -166,7 +170,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> tuple[GgufFile
     begin = time.perf_counter()
     output = run(command_to_make(name, path, options))
     seconds = time.perf_counter() - begin
-    if name in PEERS:
+    if name in USE_IMATRIX:
         check_imatrix_was_used(output)
     file = read_gguf(path)
     check_types(file, *types_of(name))
@@ -186,7 +190,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> float:
     output = run([*tool("llama-perplexity", folder, "bf16", options), *files])
     if "Final estimate: PPL" not in output:  # it exits with 0 even if the text is too short
         sys.exit(f"llama-perplexity printed no perplexity of {' '.join(map(str, options.evaluate))}:\n{output[-3000:]}")
-    if any(name in PEERS for name in options.only):
+    if any(name in USE_IMATRIX for name in options.only):
         files = ("-f", folder / "calibration.txt", "-o", folder / "imatrix.gguf")
         run([*tool("llama-imatrix", folder, "bf16", options), *files, "--no-ppl"])
     return seconds

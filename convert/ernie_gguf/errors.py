@@ -10,7 +10,11 @@ class CheckpointError(ErnieGgufError):
 
 
 class ConfigError(ErnieGgufError):
-    """config.json is missing, names an unknown architecture, or holds a value this converter cannot honour."""
+    """config.json is missing or holds a value this converter cannot honour."""
+
+
+class ArchitectureError(ConfigError):
+    """config.json names an architecture that is no ERNIE-4.5."""
 
 
 class PlanError(ErnieGgufError):

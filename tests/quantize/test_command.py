@@ -52,6 +52,18 @@ def test_wrong_usage(ernie_gguf: Command, small: Path, options: tuple[str, ...],
     assert problem in done.err
 
 
+def test_another_model_is_sent_to_llama_quantize(ernie_gguf: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"]}))
+    (tmp_path / "text.txt").write_text("text")
+    done = ernie_gguf("quantize", tmp_path, "--calibration", tmp_path / "text.txt")
+    assert (done.code, done.out) == (1, "")
+    assert "unknown architecture 'DeepseekV3ForCausalLM'" in done.err
+    assert done.err.endswith(
+        f"`python BUILD_DIR/llama.cpp/convert_hf_to_gguf.py {tmp_path} --outtype bf16 --outfile bf16.gguf`, "
+        "then `llama-quantize bf16.gguf ccq2.gguf CCQ2`\n"
+    )
+
+
 def test_what_is_said_on_the_way(quantize: Quantize, small: Path, tmp_path: Path) -> None:
     done = quantize(small, tmp_path / "out.gguf")
     about, needs, little, *layers = done.err.splitlines()

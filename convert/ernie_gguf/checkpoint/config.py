@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ArchitectureError, ConfigError
 from .json_object import JsonObject, read_object, shown
 from .quant_config import QuantConfig, parse_quant_config
 from .vision_config import VisionConfig, merged_values, parse_vision, text_values, vision_experts
@@ -88,7 +88,7 @@ def _architecture(config: JsonObject) -> str:
     if names[0] in VL_ARCHITECTURES:
         return ARCHITECTURES["Ernie4_5_MoeForCausalLM"]
     if names[0] not in ARCHITECTURES:
-        raise ConfigError(
+        raise ArchitectureError(
             f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[names[0]]

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from .text import Calibration
 
 
+OTHER_MODELS = (
+    "quantize is for ERNIE-4.5; for other models with experts use the patched llama.cpp: "
+    "`python BUILD_DIR/llama.cpp/convert_hf_to_gguf.py {source} --outtype bf16 --outfile bf16.gguf`, "
+    "then `llama-quantize bf16.gguf ccq2.gguf CCQ2`"
+)
+
+
 class Device(str, Enum):
     """Where torch computes."""
 
@@ -90,6 +97,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     An interrupted run leaves OUTFILE.partial; the same command resumes it.
     """
     from ..convert import check_mmproj, output_path, prepare, projector_file
+    from ..errors import ArchitectureError, QuantizeError
     from ..files import check_output
     from ..plan import choose
     from ..report import show
@@ -100,7 +108,10 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     from .text import calibration_sequences
 
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
-    job = prepare(source, Outtype.CCQ2, text_only, choices, vision_tokens)
+    try:
+        job = prepare(source, Outtype.CCQ2, text_only, choices, vision_tokens)
+    except ArchitectureError as error:
+        raise QuantizeError(f"{error}; {OTHER_MODELS.format(source=source)}") from error
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
     path = output_path(job, outfile or source)
