@@ -43,6 +43,12 @@ def test_backend_ops(llama_bin: Path) -> None:
     assert not re.search(r"^  (MUL_MAT|MUL_MAT_ID|GET_ROWS)\(.*ccq2.*not supported", plain, re.MULTILINE)
 
 
+def test_products_by_panels(llama_bin: Path) -> None:
+    """They equal the dot products, whatever the shape, and are the same bits with 1, 2 and 3 threads."""
+    output = run(llama_bin, "test-cpu-panels").stdout
+    assert re.fullmatch(r"0 of [1-9]\d+ products differ\n", output)
+
+
 def test_llama_bench_names_the_type(llama_bin: Path, tiny_ccq2_gguf: Path) -> None:
     options = ("-p", "16", "-n", "4", "-r", "1", "-t", "1", "-o", "json")
     rows = json.loads(run(llama_bin, "llama-bench", "-m", tiny_ccq2_gguf, *options).stdout)

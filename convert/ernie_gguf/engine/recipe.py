@@ -12,7 +12,7 @@ PROGRAMS = (
     *("llama-server", "llama-cli", "llama-completion", "llama-bench", "llama-perplexity", "llama-quantize"),
     *("llama-imatrix", "llama-mtmd-cli", "llama-tokenize", "llama-gguf-split", "llama-fit-params", "ggml-rpc-server"),
 )
-TESTS = ("test-backend-ops", "test-quantize-fns")  # llama.cpp's own tests, which know ccq2 by our patches
+TESTS = ("test-backend-ops", "test-quantize-fns", "test-cpu-panels")  # ours, and those that know ccq2 by our patches
 CUDA_ARCHITECTURES = "80;86;89;90"  # where no GPU is there to ask
 
 OPTIONS = (

@@ -3,6 +3,34 @@
 
 #include "ggml-ccq.h"
 
+#if defined(__ARM_NEON)
+
+#include <arm_neon.h>
+
+// 16 code bytes -> 64 windows in four planes: plane j holds window j of each code, as vld4q_s8 loads activations
+static inline uint8x16x4_t ccq2_unpack_neon(const uint8_t * codes, uint32x4_t M, uint32x4_t Z) {
+    const uint8x16_t window = vdupq_n_u8(63);
+    const uint8x16_t b      = vld1q_u8(codes);
+    const uint16x8_t b0     = vmovl_u8(vget_low_u8(b));
+    const uint16x8_t b1     = vmovl_u8(vget_high_u8(b));
+    const uint32x4_t u0     = vmlaq_u32(Z, vmovl_u16(vget_low_u16(b0)), M);
+    const uint32x4_t u1     = vmlaq_u32(Z, vmovl_u16(vget_high_u16(b0)), M);
+    const uint32x4_t u2     = vmlaq_u32(Z, vmovl_u16(vget_low_u16(b1)), M);
+    const uint32x4_t u3     = vmlaq_u32(Z, vmovl_u16(vget_high_u16(b1)), M);
+    // the high half of u has the windows at bits 10, 7, 4 and 1
+    const uint16x8_t h0     = vcombine_u16(vshrn_n_u32(u0, 16), vshrn_n_u32(u1, 16));
+    const uint16x8_t h1     = vcombine_u16(vshrn_n_u32(u2, 16), vshrn_n_u32(u3, 16));
+
+    uint8x16x4_t out;
+    out.val[0] = vshrq_n_u8(vcombine_u8(vshrn_n_u16(h0, 8), vshrn_n_u16(h1, 8)), 2);
+    out.val[1] = vandq_u8(vcombine_u8(vshrn_n_u16(h0, 7), vshrn_n_u16(h1, 7)), window);
+    out.val[2] = vandq_u8(vcombine_u8(vshrn_n_u16(h0, 4), vshrn_n_u16(h1, 4)), window);
+    out.val[3] = vandq_u8(vcombine_u8(vshrn_n_u16(h0, 1), vshrn_n_u16(h1, 1)), window);
+    return out;
+}
+
+#endif  // __ARM_NEON
+
 #if defined(__AVX2__)
 
 #include <immintrin.h>

@@ -1,6 +1,7 @@
 #include "ccq.h"
 
 #include "ccq-unpack.h"
+#include "ggml-cpu-impl.h"
 #include "ggml-ccq.h"
 #include "ggml-impl.h"
 
@@ -138,6 +139,38 @@ static void ccq2_vec_dot_x86(int n, float * s, const void * vx, const block_q8_K
 
 #endif  // __AVX2__
 
+#if defined(__ARM_NEON)
+
+static void ccq2_vec_dot_neon(int n, float * s, const void * vx, const block_q8_K * y) {
+    ccq_row_header h;
+    memcpy(&h, vx, sizeof(h));
+    const uint8_t *  codes  = ccq2_codes(vx);
+    const uint8_t *  scales = ccq2_scales(vx, n);
+    const uint32x4_t M      = vdupq_n_u32(h.M);
+    const uint32x4_t Z      = vdupq_n_u32(h.Z);
+
+    float sum = 0.0f;
+    for (int ib = 0; ib < n / QK_CCQ; ++ib) {
+        int32x4_t block = vdupq_n_s32(0);
+        for (int g = 0; g < QK_CCQ / CCQ_GROUP; ++g) {
+            const uint8x16x4_t w     = ccq2_unpack_neon(codes + ib * CCQ2_CODE_SIZE + g * CCQ_GROUP / 4, M, Z);
+            const int8x16x4_t  q     = vld4q_s8(y[ib].qs + g * CCQ_GROUP);
+            const int32_t      scale = ccq2_scale(scales + ib * CCQ2_SCALE_SIZE, g);
+            int32x4_t          group = vdupq_n_s32(0);
+            for (int j = 0; j < 4; ++j) {
+                group = ggml_vdotq_s32(group, vreinterpretq_s8_u8(w.val[j]), q.val[j]);
+            }
+            const int32x4_t sums = vpaddlq_s16(vcombine_s16(vld1_s16(y[ib].bsums + 4 * g), vdup_n_s16(0)));
+            group                = vmlsq_n_s32(group, sums, CCQ_OFFSET);
+            block                = vmlaq_n_s32(block, group, scale);
+        }
+        sum += y[ib].d * (float) vaddvq_s32(block);
+    }
+    *s = h.d * sum;
+}
+
+#endif  // __ARM_NEON
+
 void ggml_vec_dot_ccq2_q8_K(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
 #if defined(__AVX2__)
     assert(n % QK_CCQ == 0);
@@ -147,6 +180,14 @@ void ggml_vec_dot_ccq2_q8_K(int n, float * s, size_t bs, const void * vx, size_t
     GGML_UNUSED(by);
     GGML_UNUSED(nrc);
     ccq2_vec_dot_x86(n, s, vx, vy);
+#elif defined(__ARM_NEON)
+    assert(n % QK_CCQ == 0);
+    assert(nrc == 1);
+    GGML_UNUSED(bs);
+    GGML_UNUSED(bx);
+    GGML_UNUSED(by);
+    GGML_UNUSED(nrc);
+    ccq2_vec_dot_neon(n, s, vx, vy);
 #else
     ggml_vec_dot_ccq2_q8_K_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
