@@ -2,8 +2,8 @@
 
 Gaussian rows of the lengths that matter (K = 2048 to 8192) and an importance matrix go through ggml_quantize_chunk, as
 llama-quantize calls it, eight rows at a time; ccq2 also through its code for narrower vector registers than this
-machine's. Everything runs in turn, `--rounds` times; the median counts. The peer is iq2_xs, llama.cpp's type of about
-ccq2's size.
+machine's. Everything runs in turn, `--rounds` times; the median counts, of seconds of the processor, so that other work
+on the machine matters little. The peer is iq2_xs, llama.cpp's type of about ccq2's size.
 """
 
 import ctypes
@@ -77,10 +77,10 @@ def encoders(folder: Path) -> dict[str, Encode]:
 def seconds(encode: Encode, w: F32, importance: F32) -> float:
     """Encode all rows once."""
     out = np.empty((ROWS_AT_ONCE, ccq2_row_size(w.shape[1]) * 2), np.uint8)  # room for any of the types
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for i in range(0, len(w), ROWS_AT_ONCE):
         encode(w[i : i + ROWS_AT_ONCE], importance, out)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def measure(found: dict[str, Encode], k: int, rounds: int) -> list[Timing]:

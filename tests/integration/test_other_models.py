@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ernie_gguf.ccq2.rows import dequantize_rows
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_llama import Llama
 from reference.golden import Floats
+from support.command_line import Command
 
 pytest.importorskip("transformers", reason="needs the extra `reference`")
 from reference import other_models
@@ -73,6 +75,13 @@ def test_experts_are_ccq2_and_decode_in_python_as_in_c(files: Files) -> None:
         assert np.array_equal(dequantize_rows(file.rows(tensor), k), decoded[tensor.name].reshape(-1, k)), tensor.name
     others = {tensor.type_name for tensor in file.tensors if "_exps." not in tensor.name and len(tensor.ne) > 1}
     assert others <= {"q8_0", "f32"}
+
+
+def test_inspect_shows_it(files: Files, ernie_gguf: Command) -> None:
+    done = ernie_gguf("inspect", files.ccq2)
+    assert done.code == 0
+    assert re.search(r"ernie_gguf.ccq.layout +1\n", done.out)
+    assert re.search(r"blk.2.ffn_down_exps.weight +256 x 512 x 8 +ccq2 ", done.out)
 
 
 def test_logits_are_those_of_bf16_within_what_two_bits_allow(
