@@ -380,3 +380,30 @@ def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     repacked = json.loads(ernie_gguf("convert", source, *options).out)["repacked"]
     assert (repacked["rows"], repacked["missed_rows"], repacked["rounded_scales"]) == (7040, 0, 0)
     assert repacked["inexact"] == {}
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "verify", "inspect", "serve", "chat", "eval"])
+def test_help_fits_80_columns_and_cuts_nothing(
+    ernie_gguf: Command, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = ernie_gguf(command, "-h")
+    assert (code, err) == (0, "")
+    assert "\u2026" not in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert ernie_gguf(command, "--help").out == out
+
+
+def test_a_mistyped_option_or_command_is_answered_with_the_nearest(ernie_gguf: Command) -> None:
+    assert "--outtype" in ernie_gguf("convert", "x", "--outtyp", "bf16").err
+    assert "convert" in ernie_gguf("conver", "x").err
+
+
+def test_serve_wants_its_file_first(ernie_gguf: Command) -> None:
+    assert ernie_gguf("serve", "--port", "8081", "x.gguf").err == (
+        "error: FILE comes before the options of llama-server: ernie-gguf serve FILE --port ...\n"
+    )
+
+
+def test_a_folder_is_not_a_missing_file(ernie_gguf: Command, tmp_path: Path) -> None:
+    assert ernie_gguf("inspect", tmp_path).err == f"error: {tmp_path}: is a folder, expected a GGUF file\n"

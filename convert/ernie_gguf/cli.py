@@ -1,8 +1,10 @@
 """The command `ernie-gguf`. Heavy imports happen inside the commands, so that --help is quick."""
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: at 80 columns it cuts no option's name and breaks no list of choices
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -212,7 +216,7 @@ def verify(
 app.command()(quantize)
 app.command()(build)
 app.command()(info)
-app.command()(serve)
+app.command(context_settings={"ignore_unknown_options": True})(serve)
 app.command()(chat)
 app.command("eval")(evaluate)
 
@@ -236,7 +240,10 @@ def _fail(message: str, code: int) -> NoReturn:
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
     if len(line) > _LONGEST:
         line = f"{line[:_LONGEST]}… ({len(line)} characters)"
-    sys.stderr.write(f"error: {line}\n")
+    line = f"error: {line}"
+    if sys.stderr.isatty():
+        line = textwrap.fill(line, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    sys.stderr.write(f"{line}\n")
     sys.exit(code)
 
 

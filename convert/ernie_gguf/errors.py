@@ -68,3 +68,11 @@ class ActivationError(ErnieGgufError):
 
 class WorkspaceError(ErnieGgufError):
     """An interrupted run cannot be resumed: its inputs differ, it is in use, or its folder is damaged."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks, for messages that list what was tried."""
+    head, *lines = str(error).splitlines()
+    tried = [line.strip() for line in lines if line.startswith("  ")]
+    rest = [line for line in lines if not line.startswith("  ")]
+    return "; ".join([" ".join(filter(None, [head, ", ".join(tried)])), *rest])

@@ -75,6 +75,7 @@ class Server:
     """Where a server listens."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.address = f"http://127.0.0.1:{port}"
 
     def get(self, path: str) -> str:

@@ -189,7 +189,8 @@ def _map(path: Path) -> U8:
     """A file's bytes."""
     try:
         if not path.is_file():
-            raise GgufError(f"{path}: no such file")
+            what = "is a folder, expected a GGUF file" if path.is_dir() else "no such file"
+            raise GgufError(f"{path}: {what}")
         return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as exc:
         raise GgufError(f"{path}: {exc.strerror}") from exc

@@ -240,9 +240,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     try:
         import matplotlib.figure  # noqa: F401 - a part of the extra
     except ImportError as error:
-        raise ErnieGgufError(
-            "--report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'"
-        ) from error
+        raise ErnieGgufError("--report draws with matplotlib, which is not installed: run `make quantizer`") from error
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def choose_device(wanted: str | None, torch_needed: bool) -> str:
     except ImportError as error:
         if not torch_needed:
             return wanted or "cpu"
-        raise ExtraError("quantize needs torch: pip install 'ernie-gguf[quantize]' (see README.md)") from error
+        raise ExtraError("quantize needs torch: run `make quantizer` in the checkout") from error
     gpu = torch.cuda.is_available()
     if wanted == "cuda" and not gpu:
         raise ExtraError("--device cuda: this torch sees no GPU; install a torch with CUDA, or give --device cpu")

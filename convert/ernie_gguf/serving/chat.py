@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ErnieGgufError
+from ..errors import ErnieGgufError, one_line
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -52,7 +52,7 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
             type_v="q8_0",
         )
     except (ValueError, OSError) as error:
-        raise ChatError(str(error).replace("\n", "; ")) from error
+        raise ChatError(one_line(error)) from error
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the program
     colours = sys.stdout.isatty()
     with llm:
@@ -80,6 +80,9 @@ def converse(
             continue
         if not line.strip():
             continue
+        if line.startswith("/"):
+            write(f"{HELP}\n")
+            continue
         question: ChatCompletionRequestMessage = {"role": "user", "content": line}
         try:
             answer = _answer(llm, [*messages, question], write, temperature, dim)
@@ -96,12 +99,13 @@ def _answer(
     temperature: float,
     dim: tuple[str, str],
 ) -> str:
-    answer = ""
+    answer, cut = "", False
     thinking = False
     chunks = llm.create_chat_completion(messages, temperature=temperature, stream=True)
     with contextlib.suppress(KeyboardInterrupt):
         for chunk in chunks:
             delta = chunk["choices"][0]["delta"]
+            cut = chunk["choices"][0]["finish_reason"] == "length"
             if reasoning := delta.get("reasoning_content"):
                 write(f"{dim[0]}{reasoning}{dim[1]}")
                 thinking = True
@@ -110,6 +114,8 @@ def _answer(
                 thinking = False
                 answer += content
     write("\n")
+    if cut:
+        write(f"(the answer ends here because it has filled the context of {llm.n_ctx()} tokens)\n")
     return answer
 
 

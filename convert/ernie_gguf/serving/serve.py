@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..errors import ErnieGgufError
+from ..errors import ErnieGgufError, one_line
 
 SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 
@@ -53,13 +53,22 @@ def serve(
     ] = None,
     args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- ARGS]...", help="What is passed on to llama-server: -- --port 8081 -c 32768"),
+        typer.Argument(
+            metavar="[ARGS]",
+            help="Options of llama-server: --host, --port, -c (context), -ngl (GPU layers), -np (slots), ...",
+            show_default=False,
+        ),
     ] = None,
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
     ] = False,
 ) -> None:
-    """Serve FILE over HTTP, in the manner of the OpenAI API, with a page for browsers."""
+    """Serve FILE over HTTP with the OpenAI API and a page for browsers.
+
+    Options of llama-server follow FILE: ernie-gguf serve FILE --port 8081 -c 32768
+    """
+    if str(file).startswith("-"):
+        raise ServeError(f"FILE comes before the options of llama-server: ernie-gguf serve FILE {file} ...")
     command = server_command(file, args or [], mmproj)
     page = address(args or [])
     typer.echo(f"{shlex.join(command)}\nThe page: {page}", err=True)
@@ -112,7 +121,7 @@ def server_program() -> Path:
     try:
         library = library_path()
     except LibraryNotFoundError as error:
-        raise ServeError(f"{SERVER} is not built; {error}".replace("\n", "; ")) from error
+        raise ServeError(f"{SERVER} is not built; {one_line(error)}") from error
     # Not resolved: where the library is a link into the build, its folder is that of the build already.
     program = library.parent / SERVER
     if not program.is_file():

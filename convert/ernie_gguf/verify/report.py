@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..gguf_file.reader import GgufFile
@@ -21,7 +21,7 @@ def _said(verdict: Verdict) -> str:
     if not found.explained:
         return "exact"
     if not verdict.exact:
-        return f"as {verdict.type_name} rounds"
+        return "rounded"
     reasons = []
     if found.missed_rows:
         reasons.append(f"{found.missed_rows} rows without an integer code map")
@@ -61,7 +61,14 @@ def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
 
 def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
     """The result of `verify` for people."""
-    table = Table("tensor", "source", "type", *map(right, ("differ", "largest error", "relative")), "verdict", box=None)
+    table = Table(
+        Column("tensor", no_wrap=True),
+        "source",
+        "type",
+        *map(right, ("differ", "largest error", "relative")),
+        "verdict",
+        box=None,
+    )
     for verdict in verdicts:
         found = verdict.finding
         differ = found.explained + found.wrong
@@ -72,10 +79,15 @@ def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
         )
     total, bad = _sum_of(verdicts), [verdict for verdict in verdicts if not verdict.ok]
     exact = sum(not verdict.finding.explained and verdict.ok for verdict in verdicts)
+    other = (
+        f"; it is probably of another checkpoint: {len(bad)} of {len(verdicts)} tensors differ"
+        if (len(bad) > len(verdicts) // 2)
+        else ""
+    )
     lines = [
         f"{len(verdicts)} tensors, {total.values:,} weights compared: {exact} tensors exact, "
         f"{len(verdicts) - exact - len(bad)} with differences that their type explains, {len(bad)} wrong",
         f"rows without an integer code map: {total.missed_rows:,}; scales that f16 rounds: {total.rounded_rows:,}",
-        f"{file.path}: {'does NOT hold what the checkpoint says' if bad else 'holds what the checkpoint says'}",
+        f"{file.path}: {'does NOT hold what the checkpoint says' + other if bad else 'holds what the checkpoint says'}",
     ]
     return [table, "", *map(Text, lines)]
