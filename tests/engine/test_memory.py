@@ -19,6 +19,7 @@ from released import SHAPES
 from support.command_line import Command
 
 # Loads a file for real and prints llama.cpp's log. Arguments: file, context, KV type, RPC servers, n_cpu_moe.
+# With experts on the CPU not by mmap, whose buffer would count what lies between them in the file.
 LOAD = """
 import ctypes, os, sys
 from ernie_llama import _library, _log, _options
@@ -27,7 +28,7 @@ library = _library.load()
 params = library.llama_model_default_params()
 fields = _options.model_fields(library, n_gpu_layers=-1, split_mode="layer", main_gpu=0,
     tensor_split=[1] * len(servers.split(",")) if servers else None, n_cpu_moe=int(n_cpu_moe),
-    tensor_buft_overrides={}, kv_overrides=None, use_mmap=True, use_mlock=False)
+    tensor_buft_overrides={}, kv_overrides=None, use_mmap=n_cpu_moe == "0", use_mlock=False)
 if servers:
     _options.add_rpc_servers(library, servers)
 for name, value in {**fields, "use_extra_bufts": False}.items():

@@ -9,7 +9,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_llama import Llama
 from support.models import llama_completion
 from support.servers import free_port, running
@@ -178,6 +180,24 @@ def test_llama_quantize_copies_but_does_not_requantize(llama_bin: Path, tiny_ccq
     done = run(llama_bin, "llama-quantize", "--allow-requantize", tiny_ccq2_gguf, other, "Q4_0", check=False)
     assert done.returncode == 1
     assert "from ccq2 to q4_0: llama-quantize only copies types with row metadata" in done.stdout + done.stderr
+
+
+def test_llama_quantize_shrinks_the_rest_and_keeps_the_experts(
+    llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Path
+) -> None:
+    """The command of the README, on the example."""
+    small = tmp_path / "small.gguf"
+    keep = ("--tensor-type", "_exps=ccq2", "--tensor-type", "attn=q5_K")
+    run(llama_bin, "llama-quantize", "--allow-requantize", *keep, tiny_ccq2_gguf, small, "q5_K")
+    before, after = read_gguf(tiny_ccq2_gguf), read_gguf(small)
+    tensors = {tensor.name: tensor for tensor in after.tensors}
+    for tensor in before.tensors:
+        if "_exps." in tensor.name:
+            assert (tensors[tensor.name].type_name, tensor.type_name) == ("ccq2", "ccq2")
+            np.testing.assert_array_equal(after.rows(tensors[tensor.name]), before.rows(tensor))
+    assert {t.type_name for name, t in tensors.items() if ".attn_" in name and "norm" not in name} == {"q5_k"}
+    assert small.stat().st_size < 0.85 * tiny_ccq2_gguf.stat().st_size
+    assert run(llama_bin, "llama-bench", "-m", small, "-p", "0", "-n", "1", "-r", "1", "-t", "1").returncode == 0
 
 
 def test_split_file_loads(llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:

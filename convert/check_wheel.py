@@ -1,0 +1,106 @@
+"""Install a wheel in a fresh environment, away from every checkout and compiler, and use all of it.
+
+Needs nothing but Python, and the example checkpoint of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "ernie-tiny"
+PYTHON = """
+from ernie_llama import Llama
+with Llama("tiny.gguf", n_ctx=256) as llm:
+    print(llm("def read_", max_tokens=8, temperature=0)["choices"][0]["text"])
+"""
+
+
+def main() -> None:
+    """Install, use, uninstall."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    wheel = parser.parse_args().wheel.absolute()
+    with tempfile.TemporaryDirectory(prefix="ernie-gguf-wheel-") as name:
+        folder = Path(name)
+        venv.create(folder / "venv", with_pip=True)
+        binaries = folder / "venv" / "bin"
+        shutil.copytree(EXAMPLE, folder / "ernie-tiny")
+        # No compiler, no cmake, no variables that lead to a checkout or to a build of this user.
+        environment = {"PATH": str(binaries), "HOME": str(folder), "LANG": "C.UTF-8"}
+
+        def run(*command: str, stdin: str = "") -> str:
+            done = subprocess.run(
+                [str(binaries / command[0]), *command[1:]],
+                cwd=folder,
+                env=environment,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            return done.stdout
+
+        # pip keeps the user's configuration, which may name mirrors.
+        subprocess.run([str(binaries / "pip"), "install", "-q", str(wheel)], check=True, env=os.environ)
+        before = {path for path in (folder / "venv").rglob("*") if path.is_file()}
+        run("ernie-gguf", "convert", "ernie-tiny", "--outfile", "tiny.gguf", "--outtype", "ccq2")
+        library = json.loads(run("ernie-gguf", "info", "--json"))
+        if not library["path"].startswith(str(folder)) or not library["ccq2"]:
+            sys.exit(f"error: not the wheel's library: {library['path']}")
+        print(f"{library['system_info']}\nllama.cpp {library['version']}, ccq2: yes")
+        run("ernie-gguf", "info", "tiny.gguf", "--gpus", "1,1")
+        print("Python wrote:", repr(run("python", "-c", PYTHON)))
+        run("ernie-gguf", "chat", "tiny.gguf", "--max-tokens", "8", stdin="hello\n")
+        ask_the_server(binaries, folder, environment)
+        run("pip", "uninstall", "-y", "-q", "ernie-gguf")
+        left = [path for path in before if path.exists() and "ernie" in str(path.relative_to(folder / "venv"))]
+        if left:
+            sys.exit(f"error: pip uninstall left {left[0]}")
+    print(f"{wheel.name}: installed, used, uninstalled")
+
+
+def ask_the_server(binaries: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Start `serve`; ask for its page and for a text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(binaries / "ernie-gguf"), "serve", "tiny.gguf", "--", "--port", port]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        with urllib.request.urlopen(address, timeout=30) as page:
+            if b"<html" not in page.read():
+                sys.exit("error: the server shows no page")
+        body = json.dumps({"prompt": "def read_", "max_tokens": 8}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            print("The server wrote:", repr(json.load(answer)["choices"][0]["text"]))
+    except OSError as error:
+        sys.exit(f"error: the server did not answer: {error}\n{(folder / 'server.log').read_text()[-2000:]}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
