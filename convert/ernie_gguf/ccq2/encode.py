@@ -28,7 +28,7 @@ D_LIMIT = float(np.finfo(np.float32).max) / (15 * 32)  # above it a decoded weig
 
 _GRID = 256  # targets are integers in units of 1/256 codebook step
 _CLIP = 128 * _GRID  # four times the largest codeword; keeps scores below 2^24
-_QUADS_AT_ONCE = 1024  # whose scores stay in the cache
+_QUADS_AT_ONCE = 192  # below the size from which OpenBLAS starts threads, which would get in the way of our own
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,10 @@ def _nearest_quads(y: F32, a: F32, book: Book) -> tuple[U8, F32]:
         p: list[F32] = [x[:, j, None] * c[:, j] for j in range(4)]
         return (p[0] + p[1]) + (p[2] + p[3])
 
-    scores = product(y, book.words) + product(a, book.halves)
+    if (a == 1).all():  # all scores are integers: the same in any order, and 15 times as fast
+        scores: F32 = y @ book.words.T + book.halves.sum(1)
+    else:
+        scores = product(y, book.words) + product(a, book.halves)
     codes = scores.argmax(1)
     return codes.astype(np.uint8), scores[np.arange(len(y)), codes]
 
