@@ -36,9 +36,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that builds are installed in; a series without patches; no npm."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     patches = tmp_path / "package" / "ggml_patch"
-    (patches / "src").mkdir(parents=True)
+    patches.mkdir(parents=True)
     shutil.copy(ROOT / "ggml_patch" / "tree.py", patches)
-    (patches / "src" / "ours.c").write_text("")
+    encoder = patches / "src" / "ggml" / "src"
+    encoder.mkdir(parents=True)
+    for path in (ROOT / "ggml_patch" / "src" / "ggml" / "src").glob("ggml-ccq*"):
+        shutil.copy(path, encoder)
     (patches / "series").write_text("# none\n")
     (patches / "upstream.txt").write_text(f"llama-cpp-python==0.0.1 --hash=sha256:{'0' * 64}\n")
     monkeypatch.setattr(recipe, "PACKAGE", tmp_path / "package")
@@ -77,6 +80,7 @@ def test_it_is_installed_for_the_user_and_found(source: Path, data: Path, ernie_
     assert "note: llama-server has no page for browsers" in done.err
     assert (data / "cpu" / "llama-server").is_file()
     assert not (data / "cpu" / "test-backend-ops").exists()
+    assert [path.name for path in (data / "search").iterdir()] == ["libccq_search.so"]
     built = json.loads((data / "cpu" / "build.json").read_text())
     assert (built["llama_cpp"], built["flavour"]) == (str(source), "cpu")
     shutil.rmtree(data / "build")  # programs find their libraries without it

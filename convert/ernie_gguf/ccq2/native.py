@@ -1,4 +1,7 @@
-"""The compiled encoders: ggml-ccq-encode.cpp and search.cpp. `make search` builds them; without, encoding is slow."""
+"""The compiled encoders: ggml-ccq-encode.cpp and search.cpp. Without them encoding is slow.
+
+They come with the wheel; `make search` builds them in a checkout, `ernie-gguf build` for an installed package.
+"""
 
 import ctypes
 from functools import cache
@@ -15,7 +18,11 @@ WIDTHS = (16, 32, 64)  # of vector registers, in bytes
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, loaded once; None if it has not been built."""
-    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+    from ernie_llama import data_folder
+
+    built = data_folder() / "search" / LIBRARY.name
+    found = next((path for path in (LIBRARY, built) if path.exists()), None)
+    return ctypes.CDLL(str(found)) if found else None
 
 
 def vector_width(compiled: ctypes.CDLL) -> int:

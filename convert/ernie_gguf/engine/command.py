@@ -53,7 +53,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
     from ernie_llama import data_folder
 
     from . import build as steps
-    from .install import install
+    from .install import install, install_search
     from .page import page_state
     from .recipe import CUDA_ARCHITECTURES, Flavour, Job
     from .tools import driver_version
@@ -81,6 +81,8 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
             return
         steps.build(job, report)
         built = job.bin if folder else install(job, data)
+        if not folder:
+            install_search(job, data)
     if why := page_state(job):
         sys.stderr.write(f"note: llama-server has no page for browsers: {why}\n")
     typer.echo(built)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .process import BuildError
 from .recipe import Job, digest, patch_dir
+from .search import compile_search
 
 MANIFEST = "build.json"  # beside the library: how it was built
 
@@ -59,6 +60,16 @@ def install(job: Job, folder: Path) -> Path:
         if other != fresh:
             shutil.rmtree(other, ignore_errors=True)
     return link
+
+
+def install_search(job: Job, folder: Path) -> None:
+    """Compile the encoders' search and put it into `folder`, in one step."""
+    built = compile_search(job.folder / "search")
+    target = folder / "search" / built.name
+    target.parent.mkdir(exist_ok=True)
+    fresh = target.with_suffix(".new")
+    shutil.copy2(built, fresh)
+    fresh.replace(target)
 
 
 def check_loads(folder: Path) -> None:
