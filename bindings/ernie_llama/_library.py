@@ -45,7 +45,11 @@ class LibraryNotFoundError(OSError):
 
 def data_folder() -> Path:
     """Where `ernie-gguf build` of this version installs: `cpu` and `cuda` in the user's data folder."""
-    return platformdirs.user_data_path("ernie-gguf", appauthor=False) / metadata.version("ernie-gguf")
+    try:
+        version = metadata.version("ernie-gguf")
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        version = "not-installed"
+    return platformdirs.user_data_path("ernie-gguf", appauthor=False) / version
 
 
 def has_nvidia_device() -> bool:
