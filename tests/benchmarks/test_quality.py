@@ -125,6 +125,16 @@ def test_calibrated_row_runs_our_quantizer() -> None:
     assert quality.types_of("ccq2-calibrated") == ("ccq2", "q8_0")
 
 
+def test_imatrix_row_runs_llama_quantize() -> None:
+    texts = ["--calibration", "a.txt", "--evaluate", "c.txt"]
+    arguments = quality.make_parser().parse_args(["model", *texts, "--threads", "3", "--llama-cpp", "bin"])
+    command = quality.command_to_make("ccq2-imatrix", Path("out/ccq2-imatrix.gguf"), arguments)
+    assert " ".join(map(str, command)) == (
+        "bin/llama-quantize --imatrix out/imatrix.gguf out/bf16.gguf out/ccq2-imatrix.gguf CCQ2 3"
+    )
+    assert quality.types_of("ccq2-imatrix") == ("ccq2", "q8_0")
+
+
 def test_a_folder_means_its_python_files(tmp_path: Path) -> None:
     for name in ("b.py", "a/c.py", "a/data.txt", "d.py"):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
