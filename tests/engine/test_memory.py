@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import synthetic
+import typer
 from ernie_gguf.engine import memory
 from ernie_gguf.engine.memory import CPU, GIB, OWN_CARDS, Cards, Model, Plan, Question, fit, place, stand_ins
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving.serve import ServeError, placement
 from released import SHAPES
 from support.command_line import Command
 
@@ -123,6 +125,28 @@ def test_what_does_not_fit_gets_a_plan_that_does(big: dict[str, Path], cards: Ca
     assert not first.fits
     assert best.fits
     assert best.tensor_split or best.n_cpu_moe
+
+
+def test_serve_places_the_layers_as_planned(big: dict[str, Path]) -> None:
+    assert placement(big["300b"], "8,8", 4096, []) == ["-ngl", "99", "-c", "4096", "--fit", "off"]
+    with stand_ins(2) as cards:
+        model = Model(read_gguf(big["300b"]))
+        everything = place(model, Question(8192, "f16", (GIB, GIB)), cards, 0, None)
+        largest = max(need.bytes for need in everything.needs[:2])
+        each = (largest - 100 * 2**20 + memory.MARGIN) / GIB
+        best = fit(model, Question(8192, "f16", memory.read_sizes(f"{each},{each}")), cards)[-1]
+    options = placement(big["300b"], f"{each},{each}", 8192, ["-ctk", "f16", "-ctv", "f16"])
+    assert options == [*best.options.split(), "-c", "8192", "--fit", "off"]
+    assert {"-ts", "--n-cpu-moe"} & set(options)
+
+
+def test_serve_says_what_does_not_fit(big: dict[str, Path]) -> None:
+    with pytest.raises(ServeError, match=r"does not fit on cards of 0\.5,0\.5 GiB with a context of 4096"):
+        placement(big["300b"], "0.5,0.5", 4096, [])
+    with pytest.raises(ServeError, match="KV cache of type q5_1"):
+        placement(big["300b"], "24", 4096, ["--cache-type-k=q5_1"])
+    with pytest.raises(typer.BadParameter, match="expected sizes"):
+        placement(big["300b"], "24,x", 4096, [])
 
 
 def test_the_command_tells_it_in_both_forms(big: dict[str, Path], ernie_gguf: Command) -> None:

@@ -236,7 +236,7 @@ def balanced(model: Model, question: Question, first: Plan, n_cpu_moe: int) -> t
             ends.append(end)
         return ends
 
-    low, high = -sums[-1], max(room)
+    low, high = min(room) - sums[-1], max(room)  # with so little left over, one card takes everything
     while high - low > 2**20:
         middle = (low + high) // 2
         low, high = (middle, high) if cuts(middle)[-1] == len(sizes) else (low, middle)

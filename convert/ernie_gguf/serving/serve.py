@@ -45,7 +45,7 @@ class ServeError(ErnieGgufError):
     """The file cannot be served, or llama-server is not there."""
 
 
-def serve(
+def serve(  # noqa: PLR0917 - typer makes options of the parameters
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
     mmproj: Annotated[
         Path | None,
@@ -59,6 +59,13 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of each card in GiB: 24,24,24,24. Places the layers as `info` plans.", show_default=False
+        ),
+    ] = None,
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context, with --gpus.")] = 8192,
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
     ] = False,
@@ -69,8 +76,11 @@ def serve(
     """
     if str(file).startswith("-"):
         raise ServeError(f"FILE comes before the options of llama-server: ernie-gguf serve FILE {file} ...")
-    command = server_command(file, args or [], mmproj)
-    page = address(args or [])
+    args = args or []
+    if gpus:
+        args = [*placement(file, gpus, ctx, args), *args]
+    command = server_command(file, args, mmproj)
+    page = address(args)
     typer.echo(f"{shlex.join(command)}\nThe page: {page}", err=True)
     if open_page:
         # A process of its own: the server takes the place of this one.
@@ -80,13 +90,45 @@ def serve(
 
 def address(args: Sequence[str]) -> str:
     """The address of the server's page, from llama-server's options `--host` and `--port`."""
-    given = {"--host": "127.0.0.1", "--port": "8080"}
+    host, port = value_of(args, ("--host",), "127.0.0.1"), value_of(args, ("--port",), "8080")
+    return f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"
+
+
+def value_of(args: Sequence[str], names: tuple[str, ...], default: str) -> str:
+    """What llama-server's options say, the last one given; the default if none is."""
+    found = default
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
-        if name in given:
-            given[name] = value if equals else args[i + 1] if i + 1 < len(args) else given[name]
-    host = "127.0.0.1" if given["--host"] in {"0.0.0.0", "::"} else given["--host"]
-    return f"http://{host}:{given['--port']}"
+        if name in names:
+            found = value if equals else args[i + 1] if i + 1 < len(args) else found
+    return found
+
+
+def placement(file: Path, gpus: str, ctx: int, args: Sequence[str]) -> list[str]:
+    """llama-server's options that place `file` on cards of these sizes in GiB, as `info` plans them.
+
+    Raises:
+        ServeError: it does not fit, or the type of KV cache in `args` is not one that is planned for.
+        typer.BadParameter: `gpus` are not sizes.
+    """
+    from ..engine.memory import KV_BLOCKS, Model, Question, fit, read_sizes, stand_ins
+    from ..gguf_file.reader import read_gguf
+
+    try:
+        cards = read_sizes(gpus)
+    except ValueError as error:
+        raise typer.BadParameter(f"{gpus!r}, expected sizes in GiB such as 24,24", param_hint="--gpus") from error
+    kv = value_of(args, ("--cache-type-k", "-ctk"), "q8_0")
+    if kv not in KV_BLOCKS:
+        raise ServeError(f"--gpus cannot plan for a KV cache of type {kv}, only for {', '.join(KV_BLOCKS)}")
+    with stand_ins(len(cards)) as planned:
+        plan = fit(Model(read_gguf(file)), Question(ctx, kv, cards), planned)[-1]
+    if not plan.fits:
+        raise ServeError(
+            f"{file} does not fit on cards of {gpus} GiB with a context of {ctx}: try a shorter --ctx; "
+            f"`ernie-gguf info {file} --gpus {gpus} --ctx {ctx}` shows what each card would hold"
+        )
+    return [*plan.options.split(), "-c", str(ctx), "--fit", "off"]
 
 
 def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) -> list[str]:
