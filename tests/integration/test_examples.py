@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,18 @@ def example(name: str, *args: str | Path, lines: str = "") -> subprocess.Complet
 def test_every_example_has_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == {
-        *("demo.py", "completion.py", "streaming_chat.py", "json_schema.py", "batch.py", "rpc.py", "pictures.py"),
+        "batch.py",
+        "completion.py",
+        "demo.py",
+        "embeddings.py",
+        "evaluation.py",
+        "json_schema.py",
+        "langchain_form.py",
+        "pictures.py",
+        "rpc.py",
+        "streaming_chat.py",
+        "tools.py",
+        "two_threads.py",
     }
 
 
@@ -100,3 +112,37 @@ def test_rpc(llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
         printed = example("rpc.py", tiny_ccq2_gguf, f"127.0.0.1:{port}", PROMPT).stdout
     assert f"RPC0: 127.0.0.1:{port}\n" in printed
     assert PROMPT in printed
+
+
+def test_tools(tiny_ccq2_gguf: Path) -> None:
+    done = example("tools.py", tiny_ccq2_gguf, "How late is it in Tokyo?", "2")
+    assert re.match(r'get_time\(\{"zone": ?"[A-Za-z/_]+"\}\) = \d\d:\d\d\n', done.stderr)
+
+
+def test_embeddings(tiny_ccq2_gguf: Path) -> None:
+    lines = "open a file\nclass Node:\nimport os\n"
+    printed = example("embeddings.py", tiny_ccq2_gguf, "open a file", "2", lines=lines).stdout.splitlines()
+    assert printed[0] == "1.000 open a file"
+    assert len(printed) == 2
+
+
+def test_langchain_form(tiny_ccq2_gguf: Path) -> None:
+    pytest.importorskip("langchain_community", reason="it is not installed: pip install -e '.[clients]'")
+    printed = example("langchain_form.py", tiny_ccq2_gguf, "Ada Lovelace, born in 1815").stdout
+    assert re.search(r"name='.*' born=\d+", printed)
+
+
+def test_evaluation(tiny_ccq2_gguf: Path, tiny_bf16_gguf: Path) -> None:
+    pairs = [
+        {"context": "import os\nfrom pathlib import", "good": " Path", "bad": " self"},
+        {"context": "def main():\n    return", "good": " 0", "bad": ": 0"},
+    ]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    printed = example("evaluation.py", tiny_bf16_gguf, tiny_ccq2_gguf, lines=lines).stdout.splitlines()
+    assert [line.split("%")[0] for line in printed] == ["100.0", "100.0"]
+    assert printed[1].endswith(str(tiny_ccq2_gguf))
+
+
+def test_two_threads(tiny_ccq2_gguf: Path) -> None:
+    printed = example("two_threads.py", tiny_ccq2_gguf, PROMPT, "import os").stdout
+    assert printed.index(PROMPT) < printed.index("import os")
