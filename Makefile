@@ -27,7 +27,7 @@ C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/er
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-pictures test quality lint format checkout refresh drift search quantizer build build-cuda wheel release clean require
+.PHONY: help demo demo-pictures test test-arm quality lint format checkout refresh drift search quantizer build build-cuda wheel release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -113,6 +113,24 @@ demo-pictures: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.
 
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
+
+# On x86-64 in an emulator: nothing but ggml is built, and no speed is measured.
+ARM       := $(BUILD_DIR)/arm
+ARM_FLAGS ?= armv8.2-a+dotprod
+ARM_TESTS := test-ccq-dot test-quantize-fns
+ARM_TREE  := $(addprefix -I$(TREE)/,ggml/include ggml/src ggml/src/ggml-cpu)
+
+test-arm: checkout ## cross-compile ggml for ARM and test ccq2 in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
+	cmake -S $(TREE) -B $(ARM) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$(ARM_FLAGS) -DGGML_OPENMP=OFF \
+	    -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF > $(BUILD_DIR)/cmake-arm.log 2>&1 || { cat $(BUILD_DIR)/cmake-arm.log; exit 1; }
+	cmake --build $(ARM) -j $(JOBS) --target ggml
+	for test in $(ARM_TESTS); do \
+	    aarch64-linux-gnu-g++ -std=c++17 -O1 $(ARM_TREE) $(TREE)/tests/$$test.cpp -o $(ARM)/bin/$$test \
+	        -L$(ARM)/bin -lggml -lggml-cpu -lggml-base -Wl,-rpath,'$$ORIGIN' && \
+	    qemu-aarch64 -L /usr/aarch64-linux-gnu $(ARM)/bin/$$test || exit 1; \
+	done
 
 quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
