@@ -31,7 +31,8 @@ def stage(job: Job, folder: Path) -> None:
     for path in [*libraries, *(job.bin / name for name in PROGRAMS)]:
         shutil.copy2(path, lib)
     compile_search(folder / "ernie_gguf" / "ccq2" / "lib")
-    subprocess.run(["strip", "--strip-unneeded", *map(str, folder.rglob("*.so")), *lib.glob("*-*[a-z]")], check=True)
+    binaries = [*folder.rglob("*.so"), *(lib / name for name in PROGRAMS)]
+    subprocess.run(["strip", "--strip-unneeded", *map(str, binaries)], check=True)
     (lib / MANIFEST).write_text(json.dumps(manifest(job), indent=1) + "\n")
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         print(f"{library['system_info']}\nllama.cpp {library['version']}, ccq2: yes")
         run("ernie-gguf", "info", "tiny.gguf", "--gpus", "1,1")
         print("Python wrote:", repr(run("python", "-c", PYTHON)))
-        run("ernie-gguf", "chat", "tiny.gguf", "--max-tokens", "8", stdin="hello\n")
+        run("ernie-gguf", "chat", "tiny.gguf", "--ctx", "256", stdin="hello\n")
         ask_the_server(binaries, folder, environment)
         run("pip", "uninstall", "-y", "-q", "ernie-gguf")
         left = [path for path in before if path.exists() and "ernie" in str(path.relative_to(folder / "venv"))]
