@@ -1,0 +1,264 @@
+"""How long a picture takes, and what the eyes cost a text: ERNIE-4.5-VL-28B's shapes with fewer blocks and layers.
+
+For each size of picture: milliseconds and memory of the tower and resampler, beside Qwen2-VL's tower of the same widths
+and patches, and milliseconds of the picture's tokens in the language model. Then prompt and generation of a text with
+the file that has vision experts, beside the `--text-only` file of the same checkpoint. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import REPOSITORY, add_folder, add_rounds, add_threads, benchmark_parser, machine, positive, report
+from ernie_gguf.checkpoint.config import ErnieConfig, parse_config
+from ernie_gguf.convert import prepare, write_gguf
+from ernie_gguf.expected import Expected, model_tensors, projector_tensors
+from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_llama import Llama, _mtmd
+from gguf import GGUFWriter
+from rich.table import Column, Table
+from safetensors.numpy import save_file
+
+TINY = REPOSITORY / "examples" / "ernie-tiny"
+TEXT = 256  # tokens of the text prompt
+
+
+def config(blocks: int) -> dict[str, Any]:
+    """The 28B's config.json with 2 layers, 16 experts of each kind instead of 64, and a tower of so many blocks."""
+    return {
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "hidden_size": 2560,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "moe_num_experts": [16, 16],
+        "moe_intermediate_size": [1536, 512],
+        "moe_k": 6,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "vocab_size": 4096,
+        "im_patch_id": 4000,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "vision_config": {"depth": blocks, "embed_dim": 1280, "num_heads": 16},
+    }
+
+
+def random_bf16(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Magnitudes from 2^-7 to 2^-5, as the bits of bfloat16."""
+    bits = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
+    return bits & np.uint16(0x80FF) | np.uint16(0x3C00)
+
+
+def tensors(parsed: ErnieConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(name, shape, float32) of everything that conversion looks for."""
+    if parsed.vision is None or parsed.moe is None:
+        raise ValueError("not a VL config")
+    expected: list[Expected] = [*model_tensors(parsed, False), *projector_tensors(parsed.vision, parsed.hidden)]
+    for each in expected:
+        for name in each.sources:
+            shape = each.shape[-2:]
+            if "e_score_correction_bias" in name:
+                yield name, (2, parsed.moe.experts), True
+            elif ".mlp.gate.weight" in name:
+                yield name, shape[::-1], True
+            else:
+                yield name, shape, False
+
+
+def make_checkpoint(folder: Path, blocks: int) -> Path:
+    """A random checkpoint with the tokenizer of the example."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config(blocks)))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    rng = np.random.default_rng(0)
+    made: dict[str, Any] = {}
+    for name, shape, wide in tensors(parse_config(config(blocks))):
+        if name not in made:
+            made[name] = rng.uniform(0, 0.02, shape).astype(np.float32) if wide else random_bf16(rng, shape)
+    save_bf16(folder / "model.safetensors", made)
+    return folder
+
+
+def save_bf16(path: Path, made: dict[str, Any]) -> None:
+    """A safetensors file whose uint16 tensors are bfloat16."""
+    save_file(made, path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"U16"', b'"BF16"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+def make_qwen2vl(path: Path, blocks: int) -> Path:
+    """Qwen2-VL's tower and merger in the widths of ERNIE's, bf16."""
+    rng, width, hidden = np.random.default_rng(1), 1280, 2560
+    writer = GGUFWriter(path, "clip")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("qwen2vl_merger")
+    writer.add_vision_projection_dim(hidden)
+    writer.add_vision_image_size(560)
+    writer.add_vision_patch_size(14)
+    writer.add_vision_embedding_length(width)
+    writer.add_vision_feed_forward_length(4 * width)
+    writer.add_vision_block_count(blocks)
+    writer.add_vision_head_count(16)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_image_mean([0.48, 0.46, 0.41])
+    writer.add_vision_image_std([0.27, 0.26, 0.28])
+
+    def vector(name: str, n: int) -> None:
+        writer.add_tensor(name, rng.uniform(0.5, 1, n).astype(np.float32))
+
+    def linear(name: str, n: int, k: int) -> None:
+        writer.add_tensor(f"{name}.weight", random_bf16(rng, (n, k)).view(np.uint8), raw_dtype=BF16)
+        vector(f"{name}.bias", n)
+
+    for name in ("v.patch_embd.weight", "v.patch_embd.weight.1"):
+        writer.add_tensor(name, rng.uniform(-0.02, 0.02, (width, 3, 14, 14)).astype(np.float32))
+    for i in range(blocks):
+        for letter in ("q", "k", "v", "out"):
+            linear(f"v.blk.{i}.attn_{letter}", width, width)
+        for part in ("ln1", "ln2"):
+            vector(f"v.blk.{i}.{part}.weight", width)
+            vector(f"v.blk.{i}.{part}.bias", width)
+        linear(f"v.blk.{i}.ffn_up", 4 * width, width)
+        linear(f"v.blk.{i}.ffn_down", width, 4 * width)
+    for part in ("weight", "bias"):
+        vector(f"v.post_ln.{part}", width)
+    linear("mm.0", 4 * width, 4 * width)
+    linear("mm.2", hidden, 4 * width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+BF16: Any = 30
+
+
+def encoding(eyes: _mtmd.Eyes, side: int) -> tuple[Callable[[], object], _mtmd.Picture]:
+    """The call that runs the tower on a square picture of noise, and the picture."""
+    pixels = np.random.default_rng(2).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    library = _mtmd.load()
+    bitmap = library.mtmd_bitmap_init(side, side, pixels.tobytes())
+    try:
+        parts = eyes._tokenize(eyes.marker, [bitmap], False, ["0" * 64])
+    finally:
+        library.mtmd_bitmap_free(bitmap)
+    (picture,) = (part for part in parts if not isinstance(part, int))
+    return lambda: eyes.encode(picture), picture
+
+
+def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+    """The median of each call; all run in turn, after a first round that does not count."""
+    found: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + 1):
+        for samples, call in zip(found, calls, strict=True):
+            begin = time.perf_counter()
+            call()
+            if number:
+                samples.append(1e3 * (time.perf_counter() - begin))
+    return [statistics.median(samples) for samples in found]
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def text_calls(llm: Llama) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A prompt of TEXT tokens, and 16 tokens after it."""
+    tokens = np.random.default_rng(3).integers(10, 3000, TEXT).tolist()
+
+    def prompt() -> None:
+        llm.reset()
+        llm.eval(tokens)
+
+    def generation() -> None:
+        for token in tokens[:16]:
+            llm.eval([token])
+
+    return prompt, generation
+
+
+def main() -> None:
+    """Make the files and measure."""
+    parser = benchmark_parser(__doc__ or "")
+    parser.add_argument("--sides", type=positive, nargs="+", default=[224, 448, 896], help="of square pictures, pixels")
+    parser.add_argument("--blocks", type=positive, default=4, help="of the tower, which has 32 in the 28B")
+    add_rounds(parser, 3)
+    add_threads(parser)
+    add_folder(parser, "4 GB")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder / "checkpoint", options.blocks)
+        vl, text, eyes = folder / "vl.gguf", folder / "text.gguf", folder / "eyes.gguf"
+        write_gguf(prepare(checkpoint, Outtype.Q8_0), vl, 2, False, lambda _: None, mmproj=eyes)
+        write_gguf(prepare(checkpoint, Outtype.Q8_0, text_only=True), text, 2, False, lambda _: None)
+        qwen = make_qwen2vl(folder / "qwen.gguf", options.blocks)
+        rows = measure(vl, text, eyes, qwen, options)
+    results: dict[str, object] = {"machine": machine(), "blocks": options.blocks, "threads": options.threads, **rows}
+    columns: tuple[str, ...] = ("side", "tokens", "tower ms", "Qwen2-VL's ms", "ratio", "in 2 layers ms", "peak MB")
+    shown = table(f"pictures: {options.blocks} of 32 blocks, {options.threads} threads", columns, rows["pictures"])
+    report(results, shown, options)
+    if not options.json:
+        columns = ("milliseconds", "file with vision experts", "--text-only file")
+        report(results, table(f"text: 2 layers, {options.threads} threads", columns, rows["text"]), options)
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[list[Any]]) -> Table:
+    """A table of numbers."""
+    out = Table(*(Column(name, justify="right") for name in columns), title=title)
+    for row in rows:
+        out.add_row(*map(str, row))
+    return out
+
+
+def measure(vl: Path, text: Path, eyes: Path, qwen: Path, options: argparse.Namespace) -> dict[str, list[list[Any]]]:
+    """All figures, by table."""
+    pictures: list[list[Any]] = []
+    common: dict[str, Any] = {"n_ctx": 2048, "n_threads": options.threads}
+    with Llama(vl, mmproj_path=eyes, **common) as seeing, Llama(text, **common) as reading:
+        own = seeing._engine.pictures.eyes
+        if own is None:
+            raise ValueError("the mmproj was not loaded")
+        peer = _mtmd.Eyes(qwen, reading._model, threads=options.threads)
+        for side in options.sides:
+            ours, picture = encoding(own, side)
+            theirs, _ = encoding(peer, side)
+            tower, other = milliseconds([ours, theirs], options.rounds)
+            entry = seeing._engine.pictures.ids([picture])
+
+            def model(entry: list[int] = entry, picture: _mtmd.Picture = picture) -> None:
+                seeing.reset()
+                own.decode(picture, seeing.ctx, 0, seeing.n_batch)
+
+            (both,) = milliseconds([model], options.rounds)
+            ratio = round(tower / other, 2)
+            row = [side, picture.tokens, round(tower, 1), round(other, 1), ratio, round(both - tower, 1), round(peak())]
+            pictures.append(row)
+        seeing.reset()
+        calls = [*text_calls(seeing), *text_calls(reading)]
+        prompt, generation, prompt_text, generation_text = milliseconds(calls, options.rounds)
+    found = [[f"prompt of {TEXT}", round(prompt, 1), round(prompt_text, 1)]]
+    found.append(["16 tokens", round(generation, 1), round(generation_text, 1)])
+    return {"pictures": pictures, "text": found}
+
+
+if __name__ == "__main__":
+    main()
