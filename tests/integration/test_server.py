@@ -157,7 +157,9 @@ def test_serve_without_a_file_or_a_server_is_a_sentence(
     with pytest.raises(ServeError, match=r"nowhere\.gguf does not exist"):
         server_command(tmp_path / "nowhere.gguf", [])
     monkeypatch.setenv("ERNIE_LLAMA_LIB_PATH", str(tmp_path))
-    with pytest.raises(ServeError, match=r"llama-server is not built; libllama\.so was not found; tried:.*; run `make"):
+    with pytest.raises(
+        ServeError, match=r"llama-server is not built; libllama\.so was not found; tried:.*; run `ernie-"
+    ):
         server_command(tiny_ccq2_gguf, [])
     (tmp_path / "libllama.so").symlink_to(llama_bin / "libllama.so")
     with pytest.raises(ServeError, match=rf"{tmp_path}/llama-server does not exist \(it was looked for beside the lib"):

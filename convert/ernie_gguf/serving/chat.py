@@ -81,7 +81,7 @@ def converse(
         if not line.strip():
             continue
         if line.startswith("/"):
-            write(f"{HELP}\n")
+            typer.echo(HELP, err=True)
             continue
         question: ChatCompletionRequestMessage = {"role": "user", "content": line}
         try:
@@ -115,7 +115,7 @@ def _answer(
                 answer += content
     write("\n")
     if cut:
-        write(f"(the answer ends here because it has filled the context of {llm.n_ctx()} tokens)\n")
+        typer.echo(f"(the answer ends here because it has filled the context of {llm.n_ctx()} tokens)", err=True)
     return answer
 
 
