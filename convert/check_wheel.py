@@ -88,8 +88,10 @@ def ask_the_server(binaries: Path, folder: Path, environment: dict[str, str]) ->
                 break
             except OSError:
                 time.sleep(0.2)
-        with urllib.request.urlopen(address, timeout=30) as page:
-            if b"<html" not in page.read():
+        # The page is stored compressed, and the server refuses who cannot read it so.
+        page = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
+        with urllib.request.urlopen(page, timeout=30) as answer:
+            if not answer.headers["Content-Type"].startswith("text/html"):
                 sys.exit("error: the server shows no page")
         body = json.dumps({"prompt": "def read_", "max_tokens": 8}).encode()
         request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
