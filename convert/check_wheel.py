@@ -62,6 +62,19 @@ def main() -> None:
             sys.exit(f"error: not the wheel's library: {library['path']}")
         print(f"{library['system_info']}\nllama.cpp {library['version']}, ccq2: yes")
         run("ernie-gguf", "info", "tiny.gguf", "--gpus", "1,1")
+        (folder / "text.txt").write_text("def main():\n    return 1\n" * 20000)
+        run(
+            *[
+                "ernie-gguf",
+                "quantize",
+                "ernie-tiny",
+                "--calibration",
+                "text.txt",
+                "--outfile",
+                "2bit.gguf",
+                "--dry-run",
+            ]
+        )
         print("Python wrote:", repr(run("python", "-c", PYTHON)))
         run("ernie-gguf", "chat", "tiny.gguf", "--ctx", "256", stdin="hello\n")
         ask_the_server(binaries, folder, environment)
