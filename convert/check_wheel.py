@@ -63,18 +63,8 @@ def main() -> None:
         print(f"{library['system_info']}\nllama.cpp {library['version']}, ccq2: yes")
         run("ernie-gguf", "info", "tiny.gguf", "--gpus", "1,1")
         (folder / "text.txt").write_text("def main():\n    return 1\n" * 20000)
-        run(
-            *[
-                "ernie-gguf",
-                "quantize",
-                "ernie-tiny",
-                "--calibration",
-                "text.txt",
-                "--outfile",
-                "2bit.gguf",
-                "--dry-run",
-            ]
-        )
+        quantize = ("--calibration", "text.txt", "--outfile", "2bit.gguf", "--dry-run")
+        run("ernie-gguf", "quantize", "ernie-tiny", *quantize)
         print("Python wrote:", repr(run("python", "-c", PYTHON)))
         run("ernie-gguf", "chat", "tiny.gguf", "--ctx", "256", stdin="hello\n")
         ask_the_server(binaries, folder, environment)
