@@ -178,6 +178,10 @@ def keep_times(old: Path, new: Path) -> None:
                 os.utime(path)
 
 
+_FROM = re.compile(r"^From: .*\n(?: .*\n)*", re.MULTILINE)
+_SENDER = "From: ernie-gguf <ernie-gguf@example.invalid>\n"  # whoever commits in the tree: the series has one author
+
+
 def refresh(tree: Path) -> None:
     """Write the commits since `base` back as patches and the new files back to `ggml_patch/src`."""
     if not (tree / ".git").exists():
@@ -203,7 +207,7 @@ def refresh(tree: Path) -> None:
         text = git(tree, "format-patch", *options, f"{commit}~1..{commit}", "--", ".", *excluded).stdout
         if text:  # empty: a commit that touches new files only
             names.append(patch_name(text))
-            (PATCH_DIR / names[-1]).write_text(text)
+            (PATCH_DIR / names[-1]).write_text(_FROM.sub(_SENDER, text, count=1))
     SERIES.write_text(series_comment() + "".join(f"{name}\n" for name in names))
     git(tree, "tag", "-f", "applied")
     print(f"{len(names)} patches, {len(new_files)} new files")
