@@ -102,7 +102,8 @@ def test_matching_structs_are_accepted(llama_tree: Path, tmp_path: Path) -> None
 def test_another_version_is_refused(llama_tree: Path, tmp_path: Path) -> None:
     assert load(build(llama_tree, tmp_path, version="0.6.1")) == (
         f"OSError {tmp_path}/libllama.so is not the version of llama.cpp that these bindings need: "
-        f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; build that version with `make build`"
+        f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; "
+        f"build that version with `ernie-gguf build`, or `make build` in a checkout"
     )
 
 

@@ -326,7 +326,7 @@ if sys.argv[1:] == ["outer"]:
 """
 
 
-def test_a_program_runs_with_ernie_llama_as_llama_cpp(_library: None, tmp_path: Path) -> None:
+def test_a_program_runs_with_ernie_llama_as_llama_cpp(built_library: None, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(SHIMMED)
     command = [sys.executable, "-m", "ernie_llama.as_llama_cpp"]
     done = subprocess.run([*command, tmp_path / "program.py", "outer"], capture_output=True, text=True, check=True)

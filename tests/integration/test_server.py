@@ -283,7 +283,10 @@ def test_the_metrics_count(client: OpenAI, server: Server) -> None:
 
 
 def test_tools(built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
-    """A model that knows nothing of tools makes one call after the other: only the first is sure to be whole."""
+    """A model that knows nothing of tools makes one call after the other: only the first is sure to be whole.
+
+    llama.cpp lets it write text before a required call, so that it may not come to one: the first seed that does.
+    """
     template = tmp_path / "tools.jinja"
     template.write_text(TOOLS_TEMPLATE)
     options: Any = {
@@ -292,12 +295,12 @@ def test_tools(built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> Non
         "tool_choice": "required",
         "max_tokens": 200,
         "temperature": 0.8,
-        "seed": 1,
     }
     with serving(tiny_ccq2_gguf, tmp_path / "log", "--chat-template-file", template) as server:
-        client = server.client()
-        chat = client.chat.completions.create(model="x", **options)
-        chunks = list(client.chat.completions.create(model="x", stream=True, **options))
+        create = server.client().chat.completions.create
+        chats = ((seed, create(model="x", seed=seed, **options)) for seed in range(1, 9))
+        seed, chat = next((seed, chat) for seed, chat in chats if chat.choices[0].message.tool_calls)
+        chunks = list(create(model="x", stream=True, seed=seed, **options))
     first, *_ = chat.choices[0].message.tool_calls or []
     assert first.type == "function"
     assert first.function.name == "get_weather"
@@ -307,9 +310,9 @@ def test_tools(built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> Non
     arguments = "".join(part.function.arguments or "" for part in parts if part.function)
     assert set(json.loads(arguments)) == {"city"}
     with Llama(tiny_ccq2_gguf, n_ctx=2048, n_threads=1, chat_template=TOOLS_TEMPLATE) as llm:
-        (mine,) = llm.create_chat_completion(**options)["choices"][0]["message"]["tool_calls"]
-        assert mine["function"]["name"] == "get_weather"
-        assert set(json.loads(mine["function"]["arguments"])) == {"city"}
+        (call,) = llm.create_chat_completion(seed=1, **options)["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+        assert set(json.loads(call["function"]["arguments"])) == {"city"}
 
 
 def chat_command(model: Path) -> list[str]:

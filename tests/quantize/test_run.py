@@ -416,11 +416,11 @@ def test_the_disk_fills_up_before_a_layer_is_done(
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        ("torch", (), "error: quantize needs torch: pip install 'ernie-gguf[quantize]' (see README.md)\n"),
+        ("torch", (), "error: quantize needs torch: run `make quantizer` in the checkout\n"),
         (
             "matplotlib.figure",
             ("--report", "report"),
-            "error: --report draws with matplotlib, which is not installed: pip install 'ernie-gguf[quantize]'\n",
+            "error: --report draws with matplotlib, which is not installed: run `make quantizer`\n",
         ),
     ],
 )
