@@ -19,7 +19,7 @@ from tree import pinned
 
 pytestmark = pytest.mark.build
 
-SDIST = f"llama_cpp_python-{pinned()[0]}.tar.gz"
+SDIST = pinned()[0]
 
 # Written for llama-cpp-python. Before each call it forgets the last one: what it would keep may change the last bits of
 # the logits. No answer is cut inside a character: llama-cpp-python writes more than max_tokens then.

@@ -106,11 +106,13 @@ def test_a_named_tool_choice_is_obeyed(tools_server: Server) -> None:
         "seed": 1,
     }
     called: set[str] = set()
-    for i in range(4):  # the example's model may write text before a call until max_tokens ends it
+    for i in range(40):  # the example's model may write text before a call until max_tokens ends it
         status, answer = post(connect(tools_server), "/v1/chat/completions", {**request, "seed": i})
         assert status == 200
         message = json.loads(answer)["choices"][0]["message"]
         called |= {call["function"]["name"] for call in message.get("tool_calls", [])}
+        if called:
+            break
     assert called == {TOOL["function"]["name"]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,16 @@ def test_bindings(converted: Callable[[Outtype], tuple[Path, Path]]) -> None:
 def test_server(converted: Callable[[Outtype], tuple[Path, Path]], tmp_path: Path) -> None:
     with serving(*converted(Outtype.BF16), tmp_path / "log") as server:
         answers = {path.stem: server.text(path.read_bytes(), QUESTION) for path in PICTURES}
+        with ThreadPoolExecutor(3) as executor:  # as many as slots, a text every fourth time
+            jobs = [
+                executor.submit(server.text, *((path.read_bytes(), QUESTION) if i % 4 else (QUESTION,)))
+                for i, path in enumerate(PICTURES)
+            ]
+            at_once = {path.stem: job.result() for path, job in zip(PICTURES, jobs, strict=True)}
     assert same(answers) >= 19
+    pictures = [path.stem for i, path in enumerate(PICTURES) if i % 4]
+    # a near tie may fall the other way in a larger batch
+    assert sum(at_once[name] == answers[name] for name in pictures) >= len(pictures) - 1
 
 
 def test_two_bits(converted: Callable[[Outtype], tuple[Path, Path]]) -> None:

@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = {o: asdict(convert(tree, TINY, o, Path(folder) / f"{o}.gguf")) for o in OUTTYPES}
     golden = {
-        "made_with": f"convert_hf_to_gguf.py of the llama.cpp in llama-cpp-python {pinned()[0]}",
+        "made_with": f"convert_hf_to_gguf.py of the llama.cpp in {pinned()[0].removesuffix('.tar.gz')}",
         "checkpoint_sha256": checkpoint_sha256(TINY),
         "outtypes": made,
     }
