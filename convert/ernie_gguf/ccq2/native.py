@@ -18,11 +18,12 @@ WIDTHS = (16, 32, 64)  # of vector registers, in bytes
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, loaded once; None if it has not been built."""
-    from ernie_llama import data_folder
+    found = LIBRARY
+    if not found.exists():  # of `ernie-gguf build`; in a checkout the bindings need not be loaded to say where
+        from ernie_llama import data_folder
 
-    built = data_folder() / "search" / LIBRARY.name
-    found = next((path for path in (LIBRARY, built) if path.exists()), None)
-    return ctypes.CDLL(str(found)) if found else None
+        found = data_folder() / "search" / LIBRARY.name
+    return ctypes.CDLL(str(found)) if found.exists() else None
 
 
 def vector_width(compiled: ctypes.CDLL) -> int:
