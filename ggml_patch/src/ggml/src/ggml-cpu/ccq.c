@@ -172,22 +172,18 @@ static void ccq2_vec_dot_neon(int n, float * s, const void * vx, const block_q8_
 #endif  // __ARM_NEON
 
 void ggml_vec_dot_ccq2_q8_K(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
+#if defined(__AVX2__) || defined(__ARM_NEON)
+    assert(n % QK_CCQ == 0);
+    assert(nrc == 1);
+    GGML_UNUSED(bs);
+    GGML_UNUSED(bx);
+    GGML_UNUSED(by);
+    GGML_UNUSED(nrc);
 #if defined(__AVX2__)
-    assert(n % QK_CCQ == 0);
-    assert(nrc == 1);
-    GGML_UNUSED(bs);
-    GGML_UNUSED(bx);
-    GGML_UNUSED(by);
-    GGML_UNUSED(nrc);
     ccq2_vec_dot_x86(n, s, vx, vy);
-#elif defined(__ARM_NEON)
-    assert(n % QK_CCQ == 0);
-    assert(nrc == 1);
-    GGML_UNUSED(bs);
-    GGML_UNUSED(bx);
-    GGML_UNUSED(by);
-    GGML_UNUSED(nrc);
+#else
     ccq2_vec_dot_neon(n, s, vx, vy);
+#endif
 #else
     ggml_vec_dot_ccq2_q8_K_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
