@@ -1,35 +1,37 @@
-"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads the number on a picture.
+"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads the number or the word on a picture.
 
     python examples/train_vl_tiny/train.py OUT --minutes 60
+    python examples/train_vl_tiny/train.py OUT --from examples/ernie-vl-tiny --minutes 6 --batch 512   # on a GPU
 
-It needs the extra `reference` and runs on a GPU if there is one. First the eyes learn alone which digit each token
-shows, as the answers teach them too slowly; then everything learns to answer, from one digit to four. The learning
-rate follows the clock, so that a slower machine ends in time with a worse model; the script says how many of twenty
-new pictures it reads.
+It needs the extra `reference` and runs on a GPU if there is one. First the eyes learn alone which character each token
+shows, as the answers teach them too slowly; then everything learns to answer, from one character to five. The learning
+rate follows the clock, so that a slower machine ends in time with a worse model; the script says what share of texts
+that it never trains on the model reads, while it learns and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
+from vl_tiny_batches import IGNORED, KINDS, Batch, Drawer, Pictures
 from vl_tiny_pictures import (
     BEGIN,
     CELL,
     CHAT_TEMPLATE,
     COLOR,
+    DIGITS,
     END,
     FIRST_VISION,
     IMAGE,
+    LETTERS,
     LONGEST,
     READ,
     SIZES,
@@ -42,14 +44,14 @@ from vl_tiny_pictures import (
     placeholder,
     prompt,
     random_text,
-    read_of,
 )
 
-Batch = dict[str, torch.Tensor]
-RATE, IGNORED = 1e-3, -100
+RATE = 1e-3
 EYES_OPEN = 0.15  # loss of the tower and resampler alone at which the language model begins to learn
-NEXT_LENGTH = 0.25  # loss of answers at which texts get a digit longer
+NEXT_LENGTH = 0.25  # loss of answers at which texts get a character longer
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# The twenty pictures of the example: characters and length of what is written on each.
+SHOWN = [(DIGITS, 2)] * 7 + [(DIGITS, 3)] * 4 + [(DIGITS, 4)] * 3 + [(DIGITS, 5)] * 2 + [(LETTERS, 4), (LETTERS, 5)] * 2
 
 
 def make_config() -> Ernie4_5_VLMoeConfig:
@@ -93,85 +95,9 @@ MARKERS = {
 }
 
 
-def patches(image: np.ndarray) -> np.ndarray:
-    """[height, width, 3] pixels -> [patches, 588]: blocks of four in raster order, a patch as channel, row, column."""
-    rows, columns = image.shape[0] // 28, image.shape[1] // 28
-    split = image.reshape(rows, 2, 14, columns, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return np.ascontiguousarray(split.reshape(rows * columns * 4, 588))
-
-
-def question(rng: random.Random, pictures: list[tuple[Picture, ...]], tokens: int, easy: bool) -> tuple[str, list[str]]:
-    """A question about each of the equally many pictures of a batch, the same for all, and its answers."""
-    shown = [placeholder(i + 1, tokens) for i in range(len(pictures[0]))]
-    if len(shown) == 2:
-        number = rng.randrange(2)
-        return prompt("".join(shown) + read_of(number + 1)), [pair[number].text for pair in pictures]
-    asked = COLOR if rng.random() < 0.05 and not easy else READ
-    answers = [one.color if asked is COLOR else one.text for (one,) in pictures]
-    return prompt(shown[0] + asked if easy or rng.random() < 0.8 else asked + shown[0]), answers
-
-
-class Samples(torch.utils.data.IterableDataset):  # type: ignore[misc]
-    """Batches without end; in one of them all pictures have the same size and all prompts the same length."""
-
-    def __init__(self, model: bytes, size: int, longest: torch.Tensor) -> None:
-        self.model, self.size, self.longest = model, size, longest
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"training {worker.id if worker else 0} {self.longest}")
-        torch.set_num_threads(1)
-        tokenizer = Tokenizer(self.model)
-        while True:
-            repeat = int(self.longest) == LONGEST and rng.random() < 0.03
-            yield self.text(rng, tokenizer) if repeat else self.pictures(rng, tokenizer)
-
-    def pictures(self, rng: random.Random, tokenizer: Tokenizer) -> Batch:
-        """Questions about pictures."""
-        width, height = rng.choice(SIZES)
-        easy = int(self.longest) < LONGEST
-        each = 2 if rng.random() < 0.05 and not easy else 1
-        longest = min(int(self.longest), width // CELL)
-        groups = [
-            tuple(draw(rng, random_text(rng, longest), (width, height)) for _ in range(each))
-            for _ in range(self.size // each)
-        ]
-        start, answers = question(rng, groups, width * height // 784, easy)
-        batch = self.tokens(tokenizer, [start] * len(groups), answers)
-        pixels = np.stack([patches(np.asarray(one.image)) for group in groups for one in group])
-        cells = [
-            [tokenizer.encode(cell)[-1] if cell else 0 for cell in one.cells()] for group in groups for one in group
-        ]
-        grid = torch.tensor([[1, height // 14, width // 14]])
-        return batch | {"pixels": torch.from_numpy(pixels), "grid": grid, "cells": torch.tensor(cells)}
-
-    def text(self, rng: random.Random, tokenizer: Tokenizer) -> Batch:
-        """Words to repeat, without a picture."""
-        length = rng.randint(1, LONGEST)
-        words: list[str] = []
-        while len(words) < self.size:
-            if len(word := random_text(rng, length)) == length:
-                words.append(word)
-        return self.tokens(tokenizer, [prompt(f"Write {word}.") for word in words], words)
-
-    @staticmethod
-    def tokens(tokenizer: Tokenizer, prompts: list[str], answers: list[str]) -> Batch:
-        """Ids and labels, padded at the end."""
-        rows = [
-            (tokenizer.encode(start), tokenizer.encode(answer + END))
-            for start, answer in zip(prompts, answers, strict=True)
-        ]
-        length = max(len(start) + len(end) for start, end in rows)
-        ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
-        for i, (start, end) in enumerate(rows):
-            ids[i, : len(start) + len(end)] = torch.tensor(start + end)
-            labels[i, len(start) : len(start) + len(end)] = torch.tensor(end)
-        return {"ids": ids, "labels": labels}
-
-
-def see(tower: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def see(tower: torch.nn.Module, pixels: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
     """[pictures, patches, 588] of one size -> [pictures, patches, width]: the tower's own modules on a whole batch."""
-    rows, columns = (torch.arange(int(n), device=pixels.device) for n in grid[0, 1:])
+    rows, columns = (torch.arange(n, device=pixels.device) for n in grid[1:])
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
     place = place.reshape(2, len(rows) // 2, 2, len(columns) // 2, 2).transpose(2, 3).reshape(2, -1).T
     x = tower.patch_embed(pixels)
@@ -201,16 +127,27 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def forward(model: Ernie4_5_VLMoeForConditionalGeneration, batch: Batch, pictures: torch.Tensor | None) -> torch.Tensor:
-    """Logits [rows, tokens, vocabulary]; `pictures` are the embeddings of the batch's pictures."""
-    ids = batch["ids"]
+def embeddings(model: Ernie4_5_VLMoeForConditionalGeneration, pictures: Pictures) -> torch.Tensor:
+    """Of pictures of one size, [pictures, tokens, hidden]."""
+    seen = see(model.model.vision_tower, normalized(pictures.patches), pictures.grid)
+    return resample(model.model.resampler_model, seen)
+
+
+def forward(
+    model: Ernie4_5_VLMoeForConditionalGeneration,
+    ids: torch.Tensor,
+    grids: list[tuple[int, int, int]],
+    seen: list[torch.Tensor],
+) -> torch.Tensor:
+    """Logits [rows, tokens, vocabulary]; `seen` are the embeddings of each row's pictures."""
     x = model.model.get_input_embeddings()(ids)
     position = torch.arange(ids.shape[1]).expand(3, 1, -1)
-    if pictures is not None:
-        kind = (ids[:1] == FIRST_VISION).long().cpu()
-        grids = batch["grid"].repeat(len(pictures) // len(ids), 1)
-        position = model.model.get_rope_index(ids[:1].cpu(), kind, image_grid_thw=grids)[0]
-        x = x.masked_scatter((ids == FIRST_VISION)[..., None], pictures)
+    if seen:
+        first = ids[:1].cpu()
+        position = model.model.get_rope_index(
+            first, (first == FIRST_VISION).long(), image_grid_thw=torch.tensor(grids)
+        )[0]
+        x = x.masked_scatter((ids == FIRST_VISION)[..., None], torch.cat(seen, 1))
     hidden = model.model.language_model(
         inputs_embeds=x,
         position_ids=position.to(ids.device).expand(3, len(ids), -1),
@@ -218,6 +155,20 @@ def forward(model: Ernie4_5_VLMoeForConditionalGeneration, batch: Batch, picture
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden)
+
+
+def all_experts(
+    experts: torch.nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token [n, hidden]: twice the arithmetic of the two chosen, but a GPU never waits."""
+    share = torch.zeros(len(hidden), experts.num_experts, device=hidden.device, dtype=weights.dtype)
+    share = share.scatter_add(1, chosen, weights)
+    gate, up = torch.matmul(hidden, experts.gate_up_proj.transpose(1, 2)).chunk(2, -1)  # [experts, n, width]
+    inner = experts.act_fn(gate) * up * share.T[:, :, None]
+    return torch.matmul(inner, experts.down_proj.transpose(1, 2)).sum(0)
+
+
+ALL_EXPERTS_FUNCTIONS.register("all", all_experts)
 
 
 def initialize(model: Ernie4_5_VLMoeForConditionalGeneration) -> None:
@@ -233,31 +184,35 @@ def initialize(model: Ernie4_5_VLMoeForConditionalGeneration) -> None:
 
 def new_model() -> Ernie4_5_VLMoeForConditionalGeneration:
     """An untrained model."""
-    model = Ernie4_5_VLMoeForConditionalGeneration._from_config(make_config(), experts_implementation="eager")
+    model = Ernie4_5_VLMoeForConditionalGeneration._from_config(make_config(), experts_implementation="all")
     initialize(model)
     return model
 
 
-def load(folder: Path) -> Ernie4_5_VLMoeForConditionalGeneration:
+def load(folder: Path, experts: str = "eager") -> Ernie4_5_VLMoeForConditionalGeneration:
     """What a run has written, in float32."""
     return Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", local_files_only=True
+        folder, dtype=torch.float32, experts_implementation=experts, local_files_only=True
     )
 
 
-def losses_of(model: Ernie4_5_VLMoeForConditionalGeneration, batch: Batch, alone: bool) -> dict[str, torch.Tensor]:
-    """Losses of the embeddings, which should be those of the digits that their cells show, and of the answers."""
-    out, pictures = {}, None
-    if "pixels" in batch:
-        seen = see(model.model.vision_tower, normalized(batch["pixels"]), batch["grid"])
-        pictures = resample(model.model.resampler_model, seen)
-        logits = model.lm_head(pictures).flatten(0, 1)
-        out["cells"] = torch.nn.functional.cross_entropy(logits, batch["cells"].flatten())
+def losses_of(
+    model: Ernie4_5_VLMoeForConditionalGeneration, batch: Batch, alone: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss of the embeddings, which should be those of the characters that their cells show; loss of the answers; and
+    the share of answers that are right in every token. The last two are zero if the eyes learn alone.
+    """
+    seen = [embeddings(model, each) for each in batch.pictures]
+    cells = answers = right = torch.zeros((), device=batch.ids.device)
+    for each, pictures in zip(seen, batch.pictures, strict=True):
+        logits = model.lm_head(each).flatten(0, 1)
+        cells = cells + torch.nn.functional.cross_entropy(logits, pictures.cells.flatten()) / len(seen)
     if not alone:
-        logits = forward(model, batch, pictures)[:, :-1].flatten(0, 1)
-        labels = batch["labels"][:, 1:].flatten()
-        out["answers"] = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    return out
+        logits = forward(model, batch.ids, [each.grid for each in batch.pictures], seen)[:, :-1]
+        labels = batch.labels[:, 1:]
+        answers = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float().mean()
+    return cells, answers, right
 
 
 class Balance:
@@ -297,54 +252,98 @@ def answer(model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer: Tokenizer, 
     return tokenizer.decode(ids[len(start) :]).removesuffix(END)
 
 
-def train(out: Path, minutes: float, size: int, workers: int, start_from: Path | None = None) -> None:
+class Curriculum:
+    """What the model learns next: first the eyes alone, then texts of one character to LONGEST, then all questions."""
+
+    def __init__(self, drawer: Drawer, size: int, new: bool) -> None:
+        self.drawer, self.size = drawer, size
+        self.alone, self.longest = new, 0 if new else LONGEST
+
+    def batch(self) -> Batch:
+        """The next one to learn from."""
+        if self.alone:
+            return self.drawer.read(self.size, LONGEST - 1, plain=True)
+        if self.longest < LONGEST:
+            return self.drawer.read(self.size, self.longest, plain=True)
+        return self.drawer.mixed(self.size)
+
+    def go_on(self, cells: float, answers: float) -> bool:
+        """Whether losses are low enough for something harder, which then begins."""
+        if self.longest == LONGEST or (cells >= EYES_OPEN if self.alone else answers >= NEXT_LENGTH):
+            return False
+        self.alone = False
+        self.longest += 1
+        return True
+
+
+def accuracy(model: Ernie4_5_VLMoeForConditionalGeneration, drawer: Drawer, size: int) -> dict[str, float]:
+    """Share of right answers about new pictures, of texts that are never trained on, by kind of question."""
+    model.eval()
+    batches = {
+        f"{length} {'digits' if characters is DIGITS else 'letters'}": drawer.read(size, kind=kind, plain=True)
+        for kind, (characters, length) in enumerate(KINDS)
+        if length > 1
+    }
+    batches |= {"color": drawer.color(size), "of two": drawer.pair(size)}
+    with torch.no_grad():
+        found = {name: losses_of(model, batch)[2].item() for name, batch in batches.items()}
+    model.train()
+    return found
+
+
+def train(out: Path, minutes: float, size: int, start_from: Path | None = None) -> None:
     """Train for `minutes`, write the checkpoint to `out` and read pictures that were not trained on."""
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = (new_model() if start_from is None else load(start_from)).to(device).train()
+    model = (new_model() if start_from is None else load(start_from, "all")).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     Balance(model)
-    tokenizer_model = make_tokenizer()
-    longest = torch.full((), LONGEST - 1).share_memory_()
-    batches = torch.utils.data.DataLoader(Samples(tokenizer_model, size, longest), batch_size=None, num_workers=workers)
-    start = shown = time.monotonic()
-    loss = {"cells": 5.0, "answers": 5.0}  # running means
-    alone = start_from is None
-    if not alone:
-        longest.fill_(LONGEST)
-    for step, cpu_batch in enumerate(batches):
-        done = (time.monotonic() - start) / (60 * minutes)
-        if done >= 1:
-            break
+    tokenizer_model = make_tokenizer() if start_from is None else (start_from / "tokenizer.model").read_bytes()
+    tokenizer = Tokenizer(tokenizer_model)
+    curriculum = Curriculum(Drawer(tokenizer, device), size, start_from is None)
+    tests = Drawer(tokenizer, device, test=True)
+    loss = torch.tensor([5.0, 5.0], device=device)  # running means of cells and answers
+    start = shown = examined = time.monotonic()
+    step = 0
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 100, 1.02 - done)
-        batch = {name: part if name == "grid" else part.to(device) for name, part in cpu_batch.items()}
-        losses = losses_of(model, batch, alone)
-        for name, value in losses.items():
-            loss[name] += 0.03 * (value.item() - loss[name])
-        if losses:
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        if alone and loss["cells"] < EYES_OPEN:
-            alone = False
-            longest.fill_(1)
-        elif not alone and loss["answers"] < NEXT_LENGTH and int(longest) < LONGEST:
-            longest += 1
-            loss["answers"] = 1.0
+            group["lr"] = RATE * min(1.0, (step + 1) / 100, 1.25 * (1 - done))
+        cells, answers, _ = losses_of(model, curriculum.batch(), curriculum.alone)
+        optimizer.zero_grad()
+        (cells + answers).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        loss += 0.03 * (torch.stack([cells, answers]).detach() - loss)
+        if step % 20 == 0 and curriculum.go_on(*loss.tolist()):
+            loss[1] = 1.0
+        step += 1
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            shares = ", ".join(f"{name} {value:.3f}" for name, value in loss.items())
-            print(f"{100 * done:5.1f} % step {step} length {int(longest)} loss of {shares}", flush=True)
+            by_name = ", ".join(
+                f"{name} {value:.4f}" for name, value in zip(("cells", "answers"), loss.tolist(), strict=True)
+            )
+            print(f"{100 * done:5.1f} % step {step} length {curriculum.longest} loss of {by_name}", flush=True)
+        if time.monotonic() - examined > max(30.0, 3 * minutes):
+            examined = time.monotonic()
+            report(accuracy(model, tests, min(size, 256)))
     for name, parameter in model.named_parameters():
         if not name.endswith(("gate.weight", "e_score_correction_bias")):  # routers stay float32, as in ERNIE's files
             parameter.data = parameter.data.to(torch.bfloat16)
     write(out, model, tokenizer_model)
-    examine(out, model.to(torch.float32).eval(), Tokenizer(tokenizer_model))
+    model = model.to(torch.float32).eval()
+    report(accuracy(model, tests, 256))
+    examine(out, model.eval(), tokenizer)
+
+
+def report(shares: dict[str, float]) -> None:
+    """Print one line of accuracies."""
+    print(
+        "read of texts kept for tests: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()),
+        flush=True,
+    )
 
 
 def write(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer_model: bytes) -> None:
@@ -382,23 +381,24 @@ def write(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer_mo
 
 
 def examine(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer: Tokenizer) -> None:
-    """Write twenty new pictures of two-digit numbers, named by what they say, and what the model reads on them."""
+    """Write twenty new pictures of texts kept for tests, named by what they say, and what the model reads on them."""
     rng = random.Random("pictures")
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
     read: dict[str, str] = {}
-    while len(read) < 20:
-        text = f"{rng.randrange(100):02d}"
-        width, height = rng.choice(SIZES)
-        resized = len(read) % 5 == 0
+    for number, (characters, length) in enumerate(SHOWN):
+        text = random_text(rng, characters, length, test=True)
+        width, height = rng.choice([each for each in SIZES if each[0] >= CELL * length])
+        resized = number % 5 == 0
         size = (width + rng.randint(1, 4), height + rng.randint(0, 3)) if resized else (width, height)
         picture = draw(rng, text, size)
-        name = f"{text}-{picture.color}-{len(read):02d}"
+        name = f"{text}-{picture.color}-{number:02d}"
         picture.image.save(folder / f"{name}.png", optimize=True)
         read[name] = answer(model, tokenizer, picture, READ)
-        print(f"{text:{LONGEST}} read as {read[name]}", flush=True)
+        color = answer(model, tokenizer, picture, COLOR)
+        print(f"{text:{LONGEST}} read as {read[name]:{LONGEST}} {picture.color:6} seen as {color}", flush=True)
     (out / "read.json").write_text(json.dumps(read, indent=1) + "\n")
-    print(f"{sum(answer == name.split('-')[0] for name, answer in read.items())} of 20 right")
+    print(f"{sum(answer == name.split('-')[0] for name, answer in read.items())} of {len(read)} right")
 
 
 def main() -> None:
@@ -409,11 +409,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=16, help="pictures in a batch")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0 for its own choice")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(arguments.out, arguments.minutes, arguments.batch, arguments.workers, arguments.start_from)
+    train(arguments.out, arguments.minutes, arguments.batch, arguments.start_from)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import string
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 import sentencepiece
 from PIL import Image, ImageDraw, ImageFont
 
-DIGITS = "0123456789"
-LONGEST = 4
+DIGITS, LETTERS = string.digits, string.ascii_uppercase
+LONGEST = 5
 CELL = 28  # pixels of a token's square
-SIZES = ((112, 28), (84, 56), (112, 56))  # width, height in pixels: 4 to 8 tokens
+SIZES = ((112, 28), (140, 28), (84, 56), (112, 56), (140, 56))  # width, height in pixels: 4 to 10 tokens
+FONT_SIZES = range(22, 31)
+SHIFT, JITTER = 3, 1  # pixels by which a text and each of its characters leave the middle of their cells
 COLORS = {
     "black": (15, 15, 15),
     "white": (240, 240, 240),
@@ -23,6 +26,8 @@ COLORS = {
     "blue": (35, 60, 220),
     "yellow": (245, 220, 40),
 }
+HARD = ({"white", "yellow"}, {"black", "blue"})  # hardly to be read
+PAIRS = [(text, ground) for text in COLORS for ground in COLORS if text != ground and {text, ground} not in HARD]
 
 BEGIN, END = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 # The vision tokens are the last of the vocabulary, as in ERNIE's.
@@ -73,21 +78,11 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture: what is written on it, in what colour, and in which 28-pixel cell it begins."""
+    """A drawn picture, what is written on it and in what colour."""
 
     image: Image.Image
     text: str
     color: str
-    column: int
-    row: int
-
-    def cells(self) -> list[str]:
-        """The digit that each cell shows, in raster order; "" for none."""
-        columns, rows = self.image.width // CELL, self.image.height // CELL
-        shown = [""] * (columns * rows)
-        begin = self.row * columns + self.column
-        shown[begin : begin + len(self.text)] = self.text
-        return shown
 
 
 def held_out(text: str) -> bool:
@@ -95,28 +90,36 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def random_text(rng: random.Random, longest: int, test: bool = False) -> str:
-    """A number of 1 to `longest` digits for training, or of those kept for tests."""
+def random_text(rng: random.Random, characters: str, length: int, test: bool) -> str:
+    """A number or a word for training, or of those kept for tests."""
     while True:
-        text = "".join(rng.choices(DIGITS, k=rng.randint(1, longest)))
+        text = "".join(rng.choices(characters, k=length))
         if held_out(text) == test:
             return text
 
 
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font."""
+    found = ImageFont.load_default(size)
+    if not isinstance(found, ImageFont.FreeTypeFont):
+        raise RuntimeError("Pillow was built without FreeType, which its own font needs")
+    return found
+
+
 def draw(rng: random.Random, text: str, size: tuple[int, int]) -> Picture:
-    """Write `text` somewhere on a picture of `size` (width, height) in pixels: a digit to a cell, roughly."""
-    foreground, background = rng.sample(sorted(COLORS), 2)
-    while {foreground, background} in ({"white", "yellow"}, {"black", "blue"}):  # hardly to be read
-        foreground, background = rng.sample(sorted(COLORS), 2)
+    """Write `text` somewhere on a picture of `size` (width, height) in pixels: a character to a cell, roughly."""
+    foreground, background = rng.choice(PAIRS)
     image = Image.new("RGB", size, COLORS[background])
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(rng.randint(22, 30))
+    used = font(rng.choice(FONT_SIZES))
     column, row = rng.randrange(size[0] // CELL - len(text) + 1), rng.randrange(size[1] // CELL)
-    dx, dy = rng.randint(-3, 3), rng.randint(-3, 3)
-    for i, digit in enumerate(text):
-        center = (CELL * (column + i) + 14 + dx + rng.randint(-1, 1), CELL * row + 14 + dy)
-        pen.text(center, digit, font=font, fill=COLORS[foreground], anchor="mm")
-    return Picture(image, text, foreground, column, row)
+    x = CELL * column + CELL // 2 + rng.randint(-SHIFT, SHIFT)
+    y = CELL * row + CELL // 2 + rng.randint(-SHIFT, SHIFT)
+    for i, character in enumerate(text):
+        center = (x + CELL * i + rng.randint(-JITTER, JITTER), y)
+        pen.text(center, character, font=used, fill=COLORS[foreground], anchor="mm")
+    return Picture(image, text, foreground)
 
 
 def placeholder(number: int, tokens: int) -> str:

@@ -104,5 +104,38 @@ def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = train.load(EXAMPLE).eval()
     tokenizer = train.Tokenizer((EXAMPLE / "tokenizer.model").read_bytes())
     for path in PICTURES[:4]:
-        shown = train.Picture(image.open(path), "", "", 0, 0)
+        shown = train.Picture(image.open(path), "", "")
         assert train.answer(model, tokenizer, shown, QUESTION) == READ[path.stem]
+
+
+def test_training_sees_the_pictures_that_pillow_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training puts pictures together by itself; the same choices make the same pixels."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXAMPLE.with_name("train_vl_tiny"))
+    batches, pictures = pytest.importorskip("vl_tiny_batches"), pytest.importorskip("vl_tiny_pictures")
+    drawer = batches.Drawer(pictures.Tokenizer((EXAMPLE / "tokenizer.model").read_bytes()), "cpu")
+
+    class First:
+        """Takes the first of all choices, as do the random numbers below."""
+
+        def randint(self, low: int, _: int) -> int:
+            return low
+
+        def randrange(self, _: int) -> int:
+            return 0
+
+        def choice(self, values: list[object]) -> object:
+            return values[0]
+
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.zeros(*shape, device=device))
+    for text, size in (("70951", (140, 28)), ("WORD", (112, 56)), ("8", (84, 56))):
+        numbers = [batches.CHARACTERS.index(each) for each in text] + [batches.BLANK] * (batches.LONGEST - len(text))
+        made = drawer.draw(torch.tensor([numbers]), torch.tensor([len(text)]), size)
+        image = pictures.draw(First(), text, size).image
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(size[1], size[0], 3)
+        cell = pixels[:14, :14].permute(2, 0, 1).flatten()
+        assert (made.patches[0, 0] == cell).all()
+        corner = pixels[14:28, size[0] - 14 :].permute(2, 0, 1).flatten()
+        assert (made.patches[0, 4 * (size[0] // 28) - 1] == corner).all()
+        assert int((made.cells[0] > 0).sum()) == len(text)
