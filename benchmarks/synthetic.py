@@ -69,11 +69,20 @@ def tame_f32(rows: Bytes) -> None:
     values[:] = rows.view(np.uint32).astype(np.float32) * np.float32(2 * WEIGHT / 2**32) - np.float32(WEIGHT)
 
 
-def tame_bf16(rows: Bytes) -> None:
-    """Signs and mantissas may be anything, the exponent is that of the weights' size."""
-    bits = rows.view("<u2")
-    exponent = np.array(WEIGHT, "<f4").view("<u4") >> 16 & 0x7F80
-    bits[:] = bits & 0x807F | exponent.astype("<u2")
+def tame_zero(rows: Bytes) -> None:
+    """Zeros of any type."""
+    rows[:] = 0
+
+
+def tame_bf16(weight: float) -> Callable[[Bytes], None]:
+    """Signs and mantissas may be anything, the exponent is that of `weight`."""
+
+    def tame(rows: Bytes) -> None:
+        bits = rows.view("<u2")
+        exponent = np.array(weight, "<f4").view("<u4") >> 16 & 0x7F80
+        bits[:] = bits & 0x807F | exponent.astype("<u2")
+
+    return tame
 
 
 # Layouts as in ggml-common.h; a random code of each type has the size that its scale is divided by
@@ -84,9 +93,16 @@ TYPES = {
     "q2_k": block_type(10, 256, 84, {80: WEIGHT / 12, 82: WEIGHT / 8}),
     "q4_0": block_type(2, 32, 18, {0: WEIGHT / 4}),
     "q8_0": block_type(8, 32, 34, {0: WEIGHT / 64}),
-    "bf16": Type(30, lambda k: 2 * k, tame_bf16),
+    "bf16": Type(30, lambda k: 2 * k, tame_bf16(WEIGHT)),
     "f32": Type(0, lambda k: 4 * k, tame_f32),
 }
+# What the layers add to a token's embedding is small beside it, so that every layer's router tells the tokens apart: with
+# embeddings as small as weights all of them would end at the same experts.
+EMBEDDINGS = {
+    "q8_0": block_type(8, 32, 34, {0: 1 / 64}),
+    "bf16": Type(30, lambda k: 2 * k, tame_bf16(1)),
+}
+NO_BIAS = Type(0, lambda k: 4 * k, tame_zero)  # a random bias would choose the experts whatever the token
 # Those of ik_llama.cpp that other builds do not know
 IK_TYPES = {
     "iq2_ks": with_row_scale(145, 70, 2, WEIGHT / 256),
@@ -102,14 +118,14 @@ class Mix:
 
     experts: Type
     linear: Type = TYPES["q8_0"]
-    embedding: Type = TYPES["q8_0"]
+    embedding: Type = EMBEDDINGS["q8_0"]
     tied: bool = True  # the head is the embedding
     int4_layers: int = 0
 
 
 def as_shipped(experts: Type) -> Mix:
     """What `ernie-gguf convert` makes of Baidu's 2-bit 300B, with the 2-bit experts in another type if wanted."""
-    return Mix(experts, embedding=TYPES["bf16"], tied=False, int4_layers=4)
+    return Mix(experts, embedding=EMBEDDINGS["bf16"], tied=False, int4_layers=4)
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,7 @@ def tensors(shape: Shape, mix: Mix) -> Iterator[Tensor]:
             yield from mlp(f"blk.{i}.ffn_{{}}.weight", (), shape.hidden, shape.dense_ffn, linear)
             continue
         yield Tensor(f"blk.{i}.ffn_gate_inp.weight", (shape.experts, shape.hidden), exact)
-        yield Tensor(f"blk.{i}.exp_probs_b.bias", (shape.experts,), exact)
+        yield Tensor(f"blk.{i}.exp_probs_b.bias", (shape.experts,), NO_BIAS)
         experts = TYPES["q4_0"] if i < shape.dense + mix.int4_layers else mix.experts
         yield from mlp(f"blk.{i}.ffn_{{}}_exps.weight", (shape.experts,), shape.hidden, shape.expert_ffn, experts)
         if shape.shared:
