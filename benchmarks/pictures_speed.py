@@ -1,19 +1,25 @@
 """How long a picture takes, and what the eyes cost a text: ERNIE-4.5-VL-28B's shapes with fewer blocks and layers.
 
-For each size of picture: milliseconds and memory of the tower and resampler, beside Qwen2-VL's tower of the same widths
-and patches, and milliseconds of the picture's tokens in the language model. Then prompt and generation of a text with
+For each size of picture: milliseconds of the tower and resampler, beside Qwen2-VL's tower of the same widths and
+patches, milliseconds of the picture's tokens in the language model, and the memory that either takes to work, besides
+weights and KV cache (on a GPU it includes what CUDA loads at first use). Then prompt and generation of a text with
 the file that has vision experts, beside the `--text-only` file of the same checkpoint. Weights are random.
+
+    python benchmarks/pictures_speed.py --sides 224 448
+    python benchmarks/pictures_speed.py --device cuda --blocks 32 --rounds 10
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,7 @@ from ernie_gguf.checkpoint.config import ErnieConfig, parse_config
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.expected import Expected, model_tensors, projector_tensors
 from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_llama import Llama, _mtmd
+from ernie_llama import Llama, _library, _mtmd
 from gguf import GGUFWriter
 from rich.table import Column, Table
 from safetensors.numpy import save_file
@@ -175,9 +181,32 @@ def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(samples) for samples in found]
 
 
-def peak() -> float:
-    """The most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def memory(gpu: bool) -> float:
+    """MB in use: of the GPU, or of this process without the pages of mapped files."""
+    if gpu:
+        return float(nvidia_smi("memory.used")) * 2**20 / 1e6
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+
+
+def work_memory(calls: Iterable[Callable[[], object]], gpu: bool) -> list[int]:
+    """MB in use after each call beyond those before the first. llama.cpp keeps its largest buffers."""
+    before, out = memory(gpu), []
+    for call in calls:
+        call()
+        out.append(round(memory(gpu) - before))
+    return out
+
+
+def nvidia_smi(field: str) -> str:
+    """Of the first GPU."""
+    command = ("nvidia-smi", "-i", "0", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def finish(llm: Llama) -> None:
+    """Wait for the GPU."""
+    _library.load().llama_synchronize(llm.ctx)
 
 
 def text_calls(llm: Llama) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -187,38 +216,67 @@ def text_calls(llm: Llama) -> tuple[Callable[[], object], Callable[[], object]]:
     def prompt() -> None:
         llm.reset()
         llm.eval(tokens)
+        finish(llm)
 
     def generation() -> None:
         for token in tokens[:16]:
             llm.eval([token])
+            finish(llm)
 
     return prompt, generation
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is measured."""
+
+    vl: Path
+    text: Path
+    eyes: Path
+    qwen: Path
+
+
+def make_files(folder: Path, blocks: int) -> Files:
+    """The files of this many blocks, made if they are not there."""
+    names = [f"{name}-{blocks}.gguf" for name in ("vl", "text", "eyes", "qwen")]
+    files = Files(*(folder / name for name in names))
+    if not files.qwen.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            checkpoint = make_checkpoint(Path(scratch) / "checkpoint", blocks)
+            write_gguf(prepare(checkpoint, Outtype.Q8_0), files.vl, 2, True, lambda _: None, mmproj=files.eyes)
+            write_gguf(prepare(checkpoint, Outtype.Q8_0, text_only=True), files.text, 2, True, lambda _: None)
+        make_qwen2vl(files.qwen, blocks)
+    return files
 
 
 def main() -> None:
     """Make the files and measure."""
     parser = benchmark_parser(__doc__ or "")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--steps", nargs="+", choices=("pictures", "text"), default=["pictures", "text"])
     parser.add_argument("--sides", type=positive, nargs="+", default=[224, 448, 896], help="of square pictures, pixels")
     parser.add_argument("--blocks", type=positive, default=4, help="of the tower, which has 32 in the 28B")
+    parser.add_argument("--files", type=Path, help="folder of files that an earlier run made; they are kept")
     add_rounds(parser, 3)
     add_threads(parser)
     add_folder(parser, "4 GB")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        checkpoint = make_checkpoint(folder / "checkpoint", options.blocks)
-        vl, text, eyes = folder / "vl.gguf", folder / "text.gguf", folder / "eyes.gguf"
-        write_gguf(prepare(checkpoint, Outtype.Q8_0), vl, 2, False, lambda _: None, mmproj=eyes)
-        write_gguf(prepare(checkpoint, Outtype.Q8_0, text_only=True), text, 2, False, lambda _: None)
-        qwen = make_qwen2vl(folder / "qwen.gguf", options.blocks)
-        rows = measure(vl, text, eyes, qwen, options)
-    results: dict[str, object] = {"machine": machine(), "blocks": options.blocks, "threads": options.threads, **rows}
-    columns: tuple[str, ...] = ("side", "tokens", "tower ms", "Qwen2-VL's ms", "ratio", "in 2 layers ms", "peak MB")
-    shown = table(f"pictures: {options.blocks} of 32 blocks, {options.threads} threads", columns, rows["pictures"])
-    report(results, shown, options)
-    if not options.json:
-        columns = ("milliseconds", "file with vision experts", "--text-only file")
-        report(results, table(f"text: 2 layers, {options.threads} threads", columns, rows["text"]), options)
+    if options.files:
+        options.files.mkdir(exist_ok=True)
+    with nullcontext(options.files) if options.files else tempfile.TemporaryDirectory(dir=options.folder) as name:
+        found = measure(make_files(Path(name), options.blocks), options)
+    gpu = nvidia_smi("name") if options.device == "cuda" else ""
+    results = {"machine": machine(gpu), "blocks": options.blocks, "threads": options.threads, **found}
+    where = "" if gpu else f", {options.threads} threads"
+    columns = ("side", "tokens", "tower ms", "Qwen2-VL's ms", "ratio", "in 2 layers ms", "MB", "Qwen2-VL's MB")
+    titles: dict[str, tuple[str, tuple[str, ...]]] = {
+        "pictures": (f"pictures: {options.blocks} of 32 blocks{where}", columns),
+        "text": (f"text: 2 layers{where}", ("milliseconds", "file with vision experts", "--text-only file")),
+    }
+    for step, rows in found.items():
+        report(results, table(*titles[step], rows), options)
+        if options.json:
+            break
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[list[Any]]) -> Table:
@@ -229,35 +287,48 @@ def table(title: str, columns: tuple[str, ...], rows: list[list[Any]]) -> Table:
     return out
 
 
-def measure(vl: Path, text: Path, eyes: Path, qwen: Path, options: argparse.Namespace) -> dict[str, list[list[Any]]]:
-    """All figures, by table."""
-    pictures: list[list[Any]] = []
-    common: dict[str, Any] = {"n_ctx": 2048, "n_threads": options.threads}
-    with Llama(vl, mmproj_path=eyes, **common) as seeing, Llama(text, **common) as reading:
-        own = seeing._engine.pictures.eyes
-        if own is None:
-            raise ValueError("the mmproj was not loaded")
-        peer = _mtmd.Eyes(qwen, reading._model, threads=options.threads)
-        for side in options.sides:
-            ours, picture = encoding(own, side)
-            theirs, _ = encoding(peer, side)
-            tower, other = milliseconds([ours, theirs], options.rounds)
-            entry = seeing._engine.pictures.ids([picture])
-
-            def model(entry: list[int] = entry, picture: _mtmd.Picture = picture) -> None:
-                seeing.reset()
-                own.decode(picture, seeing.ctx, 0, seeing.n_batch)
-
-            (both,) = milliseconds([model], options.rounds)
-            ratio = round(tower / other, 2)
-            row = [side, picture.tokens, round(tower, 1), round(other, 1), ratio, round(both - tower, 1), round(peak())]
-            pictures.append(row)
+def measure(files: Files, options: argparse.Namespace) -> dict[str, list[list[Any]]]:
+    """All figures, by step."""
+    gpu = options.device == "cuda"
+    common: dict[str, Any] = {"n_ctx": 2048, "n_threads": options.threads, "n_gpu_layers": 99 if gpu else 0}
+    out: dict[str, list[list[Any]]] = {}
+    with Llama(files.vl, mmproj_path=files.eyes, **common) as seeing, Llama(files.text, **common) as reading:
+        if "pictures" in options.steps:
+            peer = _mtmd.Eyes(files.qwen, reading._model, threads=options.threads, gpu=gpu)
+            out["pictures"] = picture_rows(seeing, peer, options)
         seeing.reset()
-        calls = [*text_calls(seeing), *text_calls(reading)]
-        prompt, generation, prompt_text, generation_text = milliseconds(calls, options.rounds)
-    found = [[f"prompt of {TEXT}", round(prompt, 1), round(prompt_text, 1)]]
-    found.append(["16 tokens", round(generation, 1), round(generation_text, 1)])
-    return {"pictures": pictures, "text": found}
+        if "text" in options.steps:
+            calls = [*text_calls(seeing), *text_calls(reading)]
+            prompt, generation, prompt_text, generation_text = milliseconds(calls, options.rounds)
+            out["text"] = [[f"prompt of {TEXT}", round(prompt, 1), round(prompt_text, 1)]]
+            out["text"].append(["16 tokens", round(generation, 1), round(generation_text, 1)])
+    return out
+
+
+def picture_rows(seeing: Llama, peer: _mtmd.Eyes, options: argparse.Namespace) -> list[list[Any]]:
+    """The figures of square pictures of each side."""
+    own, gpu, sides = seeing._engine.pictures.eyes, options.device == "cuda", sorted(options.sides)
+    if own is None:
+        raise ValueError("the mmproj was not loaded")
+    pictures = [encoding(own, side) for side in sides]
+    others = [encoding(peer, side)[0] for side in sides]
+
+    def model(picture: _mtmd.Picture) -> Callable[[], object]:
+        def call() -> None:
+            seeing.reset()
+            own.decode(picture, seeing.ctx, 0, seeing.n_batch)
+            finish(seeing)
+
+        return call
+
+    wholes = [model(picture) for _, picture in pictures]
+    needed, of_others = work_memory(wholes, gpu), work_memory(others, gpu)
+    rows = []
+    for i, (tower, picture) in enumerate(pictures):
+        ours, theirs, both = milliseconds([tower, others[i], wholes[i]], options.rounds)
+        times = [round(ours, 1), round(theirs, 1), round(ours / theirs, 2), round(both - ours, 1)]
+        rows.append([sides[i], picture.tokens, *times, needed[i], of_others[i]])
+    return rows
 
 
 if __name__ == "__main__":
