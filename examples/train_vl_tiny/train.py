@@ -293,6 +293,7 @@ def accuracy(model: Ernie4_5_VLMoeForConditionalGeneration, drawer: Drawer, size
 
 def train(out: Path, minutes: float, size: int, start_from: Path | None = None) -> None:
     """Train for `minutes`, write the checkpoint to `out` and read pictures that were not trained on."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -348,7 +349,6 @@ def report(shares: dict[str, float]) -> None:
 
 def write(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer_model: bytes) -> None:
     """The checkpoint as transformers writes it, with the tokenizer in the form of Baidu's repositories."""
-    out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, max_shard_size="5MB")
     (out / "tokenizer.model").write_bytes(tokenizer_model)
     decoder = {
