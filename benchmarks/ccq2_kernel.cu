@@ -1,10 +1,11 @@
 // Bandwidth of the ccq2 matrix-vector kernel alone, against a bare read of the same bytes in the same run.
 //
 // One token, 8 of 64 experts, the two expert shapes of the 300B; every launch reads other experts, so that no cache
-// holds them. Build in a patched tree (no library is called, so none is linked):
+// holds them. Build in a patched tree (no library is called, so none is linked; as a position-independent program it would
+// not start):
 //
 //   nvcc -std=c++17 -O3 -use_fast_math -extended-lambda -arch=sm_90 -I ggml/include -I ggml/src -I ggml/src/ggml-cuda \
-//        -Xlinker --unresolved-symbols=ignore-all ccq2_kernel.cu -o ccq2_kernel
+//        -Xlinker --unresolved-symbols=ignore-all -Xcompiler -no-pie ccq2_kernel.cu -o ccq2_kernel
 #include "ccq.cu"
 
 #include <cstdio>
