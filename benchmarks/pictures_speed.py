@@ -84,6 +84,12 @@ def tensors(parsed: ErnieConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
                 yield name, shape, False
 
 
+def router(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights around 0; biases of 0, as random ones would choose the same experts for all tokens."""
+    scale = 0 if "bias" in name else 0.02
+    return rng.uniform(-scale, scale, shape).astype(np.float32)
+
+
 def make_checkpoint(folder: Path, blocks: int) -> Path:
     """A random checkpoint with the tokenizer of the example."""
     folder.mkdir()
@@ -94,7 +100,8 @@ def make_checkpoint(folder: Path, blocks: int) -> Path:
     made: dict[str, Any] = {}
     for name, shape, wide in tensors(parse_config(config(blocks))):
         if name not in made:
-            made[name] = rng.uniform(0, 0.02, shape).astype(np.float32) if wide else random_bf16(rng, shape)
+            made[name] = router(rng, name, shape) if wide else random_bf16(rng, shape)
+    made["model.embed_tokens.weight"] |= np.uint16(0x3F00)  # large, so that tokens keep their own experts
     save_bf16(folder / "model.safetensors", made)
     return folder
 

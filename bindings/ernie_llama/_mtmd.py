@@ -226,7 +226,8 @@ class Eyes(Handle):
                 self.pointer, chunks, ctypes.byref(text), (c_void_p * len(bitmaps))(*bitmaps), len(bitmaps)
             )
             if code:
-                raise ValueError(f"the pictures of the prompt cannot be used: {LOG.problems()}")
+                reason = LOG.problems().removeprefix("mtmd_tokenize: error: ")
+                raise ValueError(f"the pictures of the prompt cannot be used: {reason}")
             found = [library.mtmd_input_chunks_get(chunks, i) for i in range(library.mtmd_input_chunks_size(chunks))]
             out: list[int | Picture] = []
             names = iter(digests)

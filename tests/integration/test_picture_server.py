@@ -107,13 +107,34 @@ def test_the_cache_tells_pictures_of_a_size_apart(server: Server) -> None:
     assert server.text(PICTURES[1], "What is this?") == first
 
 
-def test_bad_pictures_leave_the_server_alive(server: Server) -> None:
-    for data in (b"none", PICTURES[0][:200], ENDLESS):
-        status, message = server.error(data, "What is this?")
-        assert 400 <= status < 500
-        assert message
-        assert "\n" not in message
+BAD = {
+    "none": (b"none", "Failed to load image or audio file 1 (4 bytes): it is damaged or of an unsupported format"),
+    "truncated": (
+        PICTURES[0][:200],
+        "Failed to load image or audio file 1 (200 bytes): it is damaged or of an unsupported format",
+    ),
+    "endless": (
+        ENDLESS,
+        "Failed to tokenize prompt: a picture of 20000x20 pixels: one side may be at most 200 times the other",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_pictures_leave_the_server_alive(server: Server, name: str) -> None:
+    data, expected = BAD[name]
+    assert server.error(data, "What is this?") == (400, expected)
     assert server.text("def main():") == server.text("def main():")
+
+
+def test_the_second_picture_is_bad(server: Server) -> None:
+    status, message = server.error(PICTURES[0], PICTURES[1][:300], "What is this?")
+    assert (status, message[:39]) == (400, "Failed to load image or audio file 2 (3")
+
+
+def test_the_smallest_picture_is_enlarged(server: Server) -> None:
+    found = server.ask(png.encode(np.zeros((1, 1, 3), np.uint8)), "What is this?")
+    assert found["choices"][0]["message"]["content"]
 
 
 def test_a_picture_without_eyes(built_library: None, files: tuple[Path, Path], tmp_path: Path) -> None:
