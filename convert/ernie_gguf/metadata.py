@@ -11,6 +11,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 from gguf.utility import size_label
 
+from . import rope
 from .checkpoint.config import ErnieConfig, MoeConfig
 from .checkpoint.paddle_ccq import CCQ2
 from .checkpoint.vision_config import Preprocessor
@@ -56,7 +57,7 @@ def _write_model(writer: GGUFWriter, config: ErnieConfig) -> None:
     writer.add_head_count_kv(config.kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.rope_theta if config.vision is None else rope.BASE)
     writer.add_layer_norm_rms_eps(config.rms_eps)
 
 
