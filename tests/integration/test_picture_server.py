@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ from support.servers import accepts, free_port, running
 
 pytestmark = pytest.mark.build
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ENDLESS = png.encode(np.zeros((20, 20000, 3), np.uint8))
 
 
@@ -135,6 +137,26 @@ def test_the_second_picture_is_bad(server: Server) -> None:
 def test_the_smallest_picture_is_enlarged(server: Server) -> None:
     found = server.ask(png.encode(np.zeros((1, 1, 3), np.uint8)), "What is this?")
     assert found["choices"][0]["message"]["content"]
+
+
+def test_the_example_with_curl(server: Server, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    (tmp_path / "picture.png").write_bytes(PICTURES[1])
+    question = 'What is "this"?\\'
+    command = ["sh", EXAMPLES / "picture_server.sh", tmp_path / "picture.png", question]
+    command.append(f"http://127.0.0.1:{server.port}")
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(done.stdout)
+    expected = server.text(PICTURES[1], question)
+    assert found["choices"][0]["message"]["content"].startswith(expected)
+    (tmp_path / "picture.png").write_bytes(b"none")
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode
+    assert "Failed to load image" in done.stdout
+    (tmp_path / "picture.png").unlink()
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (1, f"{tmp_path / 'picture.png'}: cannot be read\n")
 
 
 def test_a_picture_without_eyes(built_library: None, files: tuple[Path, Path], tmp_path: Path) -> None:
