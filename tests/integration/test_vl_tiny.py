@@ -104,7 +104,7 @@ def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = train.load(EXAMPLE).eval()
     tokenizer = train.Tokenizer((EXAMPLE / "tokenizer.model").read_bytes())
     for path in PICTURES[:4]:
-        shown = train.Picture(image.open(path), "", "")
+        shown = image.open(path)
         assert train.answer(model, tokenizer, shown, QUESTION) == READ[path.stem]
 
 
