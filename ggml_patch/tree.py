@@ -57,23 +57,23 @@ def patches() -> list[Path]:
     return [PATCH_DIR / line for line in lines if line]
 
 
-def pinned() -> tuple[str, str]:
-    """File name and sha256 of the pinned source distribution."""
-    match = re.search(r"^(\S+)==(\S+) --hash=sha256:(\w{64})$", PIN.read_text(), re.MULTILINE)
+def pinned(pin: Path = PIN) -> tuple[str, str]:
+    """File name and sha256 of the source distribution that the file `pin` names."""
+    match = re.search(r"^(\S+)==(\S+) --hash=sha256:(\w{64})$", pin.read_text(), re.MULTILINE)
     if match is None:
-        fail(f"{PIN} holds no line 'NAME==VERSION --hash=sha256:HASH'")
+        fail(f"{pin} holds no line 'NAME==VERSION --hash=sha256:HASH'")
     name, version, sha256 = match.groups()
     return f"{name.replace('-', '_')}-{version}.tar.gz", sha256
 
 
-def fetch(folder: Path) -> Path:
-    """Download the pinned source distribution with pip, unless it is there, and check its sha256."""
-    name, expected = pinned()
+def fetch(folder: Path, pin: Path = PIN) -> Path:
+    """Download the source distribution that `pin` names with pip, unless it is there, and check its sha256."""
+    name, expected = pinned(pin)
     archive = folder / name
     if not archive.exists():
         project = name.rpartition("-")[0].replace("_", "-")
         options = ["--no-deps", "--no-binary", project, "--require-hashes", "--progress-bar", "off", "-q"]
-        command = [sys.executable, "-m", "pip", "download", *options, "-r", str(PIN), "-d", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pin), "-d", str(folder)]
         if subprocess.run(command, check=False).returncode != 0:
             fail(f"pip could not download {name}; with a llama.cpp checkout of your own: make LLAMA_CPP_SRC=FOLDER")
     found = hashlib.sha256(archive.read_bytes()).hexdigest()

@@ -218,7 +218,7 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (
 )
 
 # The version of llama.cpp that these declarations are for, without its suffix.
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 
 LLAMA_DEFAULT_SEED = 0xFFFFFFFF
 

@@ -22,7 +22,7 @@ except (OSError, ValueError) as error:
 """
 
 
-def build(tree: Path, folder: Path, *, version: str = "0.5.0-dev", before: str = "", after: str = "") -> Path:
+def build(tree: Path, folder: Path, *, version: str = "0.6.0-dev", before: str = "", after: str = "") -> Path:
     """A library with every function, extra fields in its structs, and calls that do nothing."""
     plain = [
         name
@@ -100,9 +100,9 @@ def test_matching_structs_are_accepted(llama_tree: Path, tmp_path: Path) -> None
 
 
 def test_another_version_is_refused(llama_tree: Path, tmp_path: Path) -> None:
-    assert load(build(llama_tree, tmp_path, version="0.6.1")) == (
+    assert load(build(llama_tree, tmp_path, version="0.7.1")) == (
         f"OSError {tmp_path}/libllama.so is not the version of llama.cpp that these bindings need: "
-        f"it is version 0.6.1 of llama.cpp, expected {_structs.VERSION}; "
+        f"it is version 0.7.1 of llama.cpp, expected {_structs.VERSION}; "
         f"build that version with `ernie-gguf build`, or `make build` in a checkout"
     )
 

@@ -1,7 +1,7 @@
 """llama-cpp-python on our libllama: the same program, with only its import changed, gives the same on ccq2 files.
 
-Only its Python part is used, from its source distribution: that of the folder that LLAMA_CPP_PYTHON names, or that
-the Makefile has downloaded for llama.cpp's sources.
+Only its Python part is used: that of the folder that LLAMA_CPP_PYTHON names, or of the source distribution that
+reference/llama-cpp-python.txt pins, which is downloaded once and kept beside the llama.cpp tree.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tree import pinned
+import tree
 
 pytestmark = pytest.mark.build
 
-SDIST = pinned()[0]
+PIN = Path(__file__).parents[1] / "reference" / "llama-cpp-python.txt"
 
 # Written for llama-cpp-python. Before each call it forgets the last one: what it would keep may change the last bits of
 # the logits. No answer is cut inside a character: llama-cpp-python writes more than max_tokens then.
@@ -92,12 +92,15 @@ def peer(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(module, reason=f"llama-cpp-python needs {module}: pip install -e '.[dev]'")
     if named := os.environ.get("LLAMA_CPP_PYTHON"):
         return Path(named)
-    sdist = llama_tree.parent / SDIST
-    if not sdist.is_file():
-        pytest.skip(f"no {sdist}, and LLAMA_CPP_PYTHON names no folder: llama-cpp-python is not there")
+    try:
+        sdist = tree.fetch(llama_tree.parent, PIN)
+    except SystemExit as error:
+        if (llama_tree.parent / tree.pinned(PIN)[0]).exists():
+            raise
+        pytest.skip(f"llama-cpp-python is not there: {error}")
     folder = tmp_path_factory.mktemp("peer")
     with tarfile.open(sdist) as archive:
-        package = f"{SDIST.removesuffix('.tar.gz')}/llama_cpp/"
+        package = f"{sdist.name.removesuffix('.tar.gz')}/llama_cpp/"
         members = [each for each in archive.getmembers() if each.name.startswith(package) and each.isfile()]
         for member in members:
             extracted = archive.extractfile(member)
@@ -114,7 +117,7 @@ def results(module: str, model: Path, llama_bin: Path, *paths: Path) -> dict[str
         **os.environ,
         "LLAMA_CPP_LIB_PATH": str(llama_bin),
         "ERNIE_LLAMA_LIB_PATH": str(llama_bin),
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM.replace("MODULE", module), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)

@@ -415,7 +415,7 @@ void ggml_cuda_mul_mat_vec_ccq2(ggml_backend_cuda_context &           ctx,
     a.s2            = nb2 / sizeof(float);
     a.s3            = nb3 / sizeof(float);
     if (fusion) {
-        GGML_ASSERT(!fusion->x_scale && !fusion->gate_scale);
+        GGML_ASSERT(!fusion->x_scale && !fusion->gate_scale && !fusion->shared_up);
         GGML_ASSERT(!fusion->gate || (fusion->gate->type == src0->type && ggml_are_same_stride(fusion->gate, src0)));
         a.gate      = fusion->gate ? (const char *) fusion->gate->data : nullptr;
         a.x_bias    = fusion->x_bias ? (const float *) fusion->x_bias->data : nullptr;
