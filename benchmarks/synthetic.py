@@ -96,8 +96,8 @@ TYPES = {
     "bf16": Type(30, lambda k: 2 * k, tame_bf16(WEIGHT)),
     "f32": Type(0, lambda k: 4 * k, tame_f32),
 }
-# What the layers add to a token's embedding is small beside it, so that every layer's router tells the tokens apart: with
-# embeddings as small as weights all of them would end at the same experts.
+# What the layers add to a token's embedding is small beside it, so that every layer's router tells the tokens apart:
+# with embeddings as small as weights all of them would end at the same experts.
 EMBEDDINGS = {
     "q8_0": block_type(8, 32, 34, {0: 1 / 64}),
     "bf16": Type(30, lambda k: 2 * k, tame_bf16(1)),
