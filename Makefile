@@ -49,8 +49,8 @@ $(BIN)/ernie-gguf: pyproject.toml | require
 	$(BIN)/pip install -q -e . ninja
 	@touch $@
 
-$(VENV)/.extras-$(EXTRAS): $(BIN)/ernie-gguf
-	$(BIN)/pip install -q -e '.[$(EXTRAS)]'
+$(VENV)/.extras-%: $(BIN)/ernie-gguf
+	$(BIN)/pip install -q -e '.[$*]'
 	@touch $@
 
 # --- the patched llama.cpp
