@@ -19,6 +19,7 @@ import venv
 from pathlib import Path
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "ernie-tiny"
+VARIANTS = Path(__file__).resolve().parent / "check_variants.py"
 PYTHON = """
 from ernie_llama import Llama
 with Llama("tiny.gguf", n_ctx=256) as llm:
@@ -31,6 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
     wheel = parser.parse_args().wheel.absolute()
+    if not wheel.is_file():
+        sys.exit(f"error: {wheel} does not exist; build it with `make wheel`")
     with tempfile.TemporaryDirectory(prefix="ernie-gguf-wheel-") as name:
         folder = Path(name)
         venv.create(folder / "venv", with_pip=True)
@@ -67,6 +70,8 @@ def main() -> None:
         run("ernie-gguf", "quantize", "ernie-tiny", *quantize)
         print("Python wrote:", repr(run("python", "-c", PYTHON)))
         run("ernie-gguf", "chat", "tiny.gguf", "--ctx", "256", stdin="hello\n")
+        shutil.copy2(VARIANTS, folder)
+        print("CPU variants:", run("python", VARIANTS.name, "tiny.gguf"), sep="\n", end="")
         ask_the_server(binaries, folder, environment)
         run("pip", "uninstall", "-y", "-q", "ernie-gguf")
         left = [path for path in before if path.exists() and "ernie" in str(path.relative_to(folder / "venv"))]
