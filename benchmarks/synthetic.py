@@ -1,4 +1,4 @@
-"""Synthetic GGUF files of ERNIE-4.5 shapes for the speed scripts: random but finite weights, no tokenizer."""
+"""Synthetic GGUF files of ERNIE-4.5 shapes for the speed scripts: random but finite weights."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from ernie_gguf.ccq2.code_maps import CODE_MAPS
 from ernie_gguf.ccq2.rows import ccq2_row_size
+from ernie_gguf.checkpoint.vocab import Vocab
 from ernie_gguf.gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, padded
 from ernie_gguf.gguf_file.writer import write_header
+from ernie_gguf.metadata import write_vocab
 from gguf import GGUFWriter
 from released import Shape
 
@@ -199,10 +201,11 @@ def random_rows(ggml_type: Type, rows: int, k: int) -> bytes:
     return data.tobytes()
 
 
-def write_model(path: Path, shape: Shape, mix: Mix, holes: bool = False) -> Path:
+def write_model(path: Path, shape: Shape, mix: Mix, holes: bool = False, vocab: Vocab | None = None) -> Path:
     """Write one GGUF: random bytes with sane scales, the same ones in tensors of one shape.
 
-    With `holes` the file has its size but takes no disk: all weights are zero bytes.
+    With `holes` the file has its size but takes no disk: all weights are zero bytes. Without `vocab` it has no
+    tokenizer, as llama-bench needs none.
     """
     writer = GGUFWriter(None, ARCH)
     writer.add_block_count(shape.layers)
@@ -221,7 +224,10 @@ def write_model(path: Path, shape: Shape, mix: Mix, holes: bool = False) -> Path
     writer.add_interleave_moe_layer_step(1)
     writer.add_leading_dense_block_count(shape.dense)
     writer.add_vocab_size(shape.vocab)
-    writer.add_tokenizer_model("none")
+    if vocab is None:
+        writer.add_tokenizer_model("none")
+    else:
+        write_vocab(writer, vocab)
     if mix.experts is TYPES["ccq2"]:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
     planned = list(tensors(shape, mix))

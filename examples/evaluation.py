@@ -15,18 +15,20 @@ import sys
 from ernie_llama import Llama
 
 
-def logprob(llm: Llama, context: str, continuation: str) -> float:
-    """The log probability of a continuation."""
+def text(llm: Llama, context: str, continuation: str) -> tuple[list[int], int]:
+    """The tokens of both, and how many belong to the continuation."""
     before, whole = (llm.tokenize(text.encode(), special=True) for text in (context, context + continuation))
-    return sum(each for each, _ in llm.score(whole, len(whole) - len(before)))
+    return whole, len(whole) - len(before)
 
 
 def main(*models: str) -> None:
     """Print the share of good choices of each model."""
     pairs = [json.loads(line) for line in sys.stdin]
     for model in models:
-        with Llama(model, n_ctx=1024) as llm:
-            good = [logprob(llm, p["context"], p["good"]) > logprob(llm, p["context"], p["bad"]) for p in pairs]
+        with Llama(model, n_ctx=1024, n_seq_max=64) as llm:
+            texts = [text(llm, pair["context"], pair[key]) for pair in pairs for key in ("good", "bad")]
+            totals = {i: sum(logprob for logprob, _ in scores) for i, scores in llm.score_many(texts)}
+        good = [totals[i] > totals[i + 1] for i in range(0, len(texts), 2)]
         print(f"{sum(good) / len(good):.1%} of {len(good)}  {model}")
 
 

@@ -1,4 +1,4 @@
-"""A context: the KV cache of one sequence, and the logits of the last evaluated batch."""
+"""A context: the KV cache, and the logits of the last evaluated batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_ABORT = _structs.ggml_abort_callback()
 
 
 class Context(Handle):
-    """Owns a `llama_context` for one sequence."""
+    """Owns a `llama_context`. Methods that name no sequence are about sequence 0, the only one but for scoring."""
 
     def __init__(self, library: ctypes.CDLL, model: Model, fields: Mapping[str, int | float | bool]) -> None:
         """Make a context; `fields` replace llama.cpp's defaults in `llama_context_params`.
@@ -44,6 +44,7 @@ class Context(Handle):
         # llama.cpp may round these up.
         self.n_ctx = int(library.llama_n_ctx(pointer))
         self.n_batch = int(library.llama_n_batch(pointer))
+        self.n_seq_max = int(library.llama_n_seq_max(pointer))
         self.pooling_type = int(library.llama_pooling_type(pointer))
         self._n_vocab = model.n_vocab()
         self._n_embd = model.n_embd()
@@ -56,16 +57,51 @@ class Context(Handle):
             RuntimeError: llama_decode failed.
             KeyboardInterrupt: Ctrl-C; any part of the tokens may be in the cache then.
         """
-        n = len(tokens)
         LOG.forget()
         # The abort callback costs a call into Python per graph node: too much for every generated token.
-        if n == 1:
+        if len(tokens) == 1:
             self._one.token[0], self._one.pos[0] = tokens[0], n_past
             code = self._library.llama_decode(self.pointer, self._one)
         else:
             code = self._decode_interruptible(_batch(tokens, n_past, n_outputs))
-        if code != 0:
-            raise RuntimeError(f"llama_decode of {n} tokens at position {n_past} returned {code}: {LOG.problems()}")
+        _check(code, len(tokens), n_past)
+
+    def decode_tree(
+        self,
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        first: npt.NDArray[np.int32],
+        last: npt.NDArray[np.int32],
+        outputs: npt.NDArray[np.int8],
+    ) -> None:
+        """Evaluate at most `n_batch` tokens that belong to the sequences `first` to `last`, with logits where asked.
+
+        Args:
+            tokens: the tokens, [n].
+            positions: their positions, which follow those of their sequences, [n].
+            first: the first of each token's sequences, [n].
+            last: the last of each token's sequences, [n].
+            outputs: 1 for each token that needs logits, [n].
+
+        Raises:
+            RuntimeError: llama_decode failed.
+            KeyboardInterrupt: Ctrl-C; any part of the tokens may be in the cache then.
+        """
+        import numpy as np  # see logits
+
+        LOG.forget()
+        sequences = np.arange(self.n_seq_max, dtype=np.int32)
+        lists = sequences.ctypes.data + first.astype(np.uintp) * sequences.itemsize  # each token's list starts in there
+        counts = last - first + 1
+        batch = _structs.llama_batch(
+            n_tokens=len(tokens),
+            token=tokens.ctypes.data_as(ctypes.POINTER(_structs.llama_token)),
+            pos=positions.ctypes.data_as(ctypes.POINTER(_structs.llama_pos)),
+            n_seq_id=counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=lists.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(_structs.llama_seq_id))),
+            logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        _check(self._decode_interruptible(batch), len(tokens), int(positions[0]))
 
     def _decode_interruptible(self, batch: _structs.llama_batch) -> int:
         library, pointer = self._library, self.pointer
@@ -76,11 +112,11 @@ class Context(Handle):
             library.llama_set_abort_callback(pointer, _NO_ABORT, None)
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
-        """A copy of the logits of the last `decode`, [rows, n_vocab]; `rows` is the number of its outputs."""
+        """The logits of the last `decode`, [rows, n_vocab], until the next; `rows` is the number of its outputs."""
         import numpy as np  # most users never look at logits, and numpy is most of the import time
 
         pointer = self._library.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(pointer, (rows, self._n_vocab)).copy()
+        return np.ctypeslib.as_array(pointer, (rows, self._n_vocab))
 
     def logits_row(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of the logits of one output of the last `decode`, [n_vocab]; -1 is the last output."""
@@ -124,6 +160,18 @@ class Context(Handle):
         if self._library.llama_set_adapters_lora(self.pointer, adapters, 1, (ctypes.c_float * 1)(scale)):
             raise ValueError(f"the LoRA adapter cannot be used: {LOG.problems()}")
 
+    def copy_sequence(self, sequence: int, n: int) -> None:
+        """Make the first `n` tokens of sequence 0 the first of another sequence, too."""
+        self._library.llama_memory_seq_cp(self._library.llama_get_memory(self.pointer), 0, sequence, 0, n)
+
+    def keep_sequence(self, sequence: int) -> None:
+        """Forget all sequences but one, which becomes sequence 0."""
+        memory = self._library.llama_get_memory(self.pointer)
+        if sequence:
+            self._library.llama_memory_seq_rm(memory, 0, -1, -1)
+            self._library.llama_memory_seq_cp(memory, sequence, 0, -1, -1)
+        self._library.llama_memory_seq_keep(memory, 0)
+
     def keep(self, n_past: int) -> None:
         """Forget all positions from `n_past` on."""
         memory = self._library.llama_get_memory(self.pointer)
@@ -131,6 +179,13 @@ class Context(Handle):
             self._library.llama_memory_clear(memory, True)
         elif not self._library.llama_memory_seq_rm(memory, 0, n_past, -1):
             raise RuntimeError(f"this model cannot forget the positions from {n_past} on; call reset()")
+
+
+def _check(code: int, n_tokens: int, position: int) -> None:
+    if code != 0:
+        raise RuntimeError(
+            f"llama_decode of {n_tokens} tokens at position {position} returned {code}: {LOG.problems()}"
+        )
 
 
 def _batch(tokens: Sequence[int], n_past: int, n_outputs: int) -> _structs.llama_batch:

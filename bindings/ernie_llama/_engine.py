@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ._scoring import Request, Score, Wave
     from .llama_cache import BaseLlamaCache
     from .llama_speculative import LlamaDraftModel
 
@@ -320,25 +321,37 @@ class Engine:
             finally:
                 self.keep(0)
 
-    def score(self, tokens: Sequence[int], n_scored: int) -> list[tuple[float, bool]]:
-        """As `Llama.score`; acquires the lock."""
-        import numpy as np  # see Context.logits
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Score]]]:
+        """The scores of each request's targets by its index, as they are done; acquires the lock when first asked."""
+        from . import _scoring  # imports numpy, see Context.logits
 
-        inputs, targets = list(tokens[:-1]), np.array(tokens[-n_scored:])
-        first = len(inputs) - n_scored  # the first position whose logits are needed
-        with self.lock.one_step():
-            if n_scored == 1 and inputs == self.tokens and self.has_logits():  # another choice after the same context
-                return _scores(self.last_logits()[None], targets)
-            self.keep(min(longest_token_prefix(self.tokens, inputs), first))
-            scores: list[tuple[float, bool]] = []
-            while (n := len(self.tokens)) < len(inputs):
-                batch = inputs[n : n + self.context.n_batch]
-                n_outputs = max(n + len(batch) - max(first, n), 1)
-                self.eval(batch, n_outputs)
-                if n + len(batch) > first:
-                    rows = self.context.logits(self._n_rows)[-n_outputs:]
-                    scores += _scores(rows, targets[len(scores) :][:n_outputs])
-            return scores
+        limits = _scoring.Limits(self.context.n_ctx, self.context.n_seq_max, self.context.n_batch)
+        lease = self.lock.acquire()
+        try:
+            for wave in _scoring.waves(requests, self.tokens, limits):
+                with lease:
+                    scores = self._score(wave)
+                yield from scores.items()
+        finally:
+            lease.release()
+
+    def _score(self, wave: Wave) -> dict[int, list[Score]]:
+        """The scores of a wave; needs a lease."""
+        from . import _scoring
+
+        scores: dict[int, list[Score]] = {}
+        self.keep(wave.kept[0])
+        try:
+            for index, score in _scoring.evaluate(self.context, wave):
+                scores.setdefault(index, []).append(score)
+        except BaseException:
+            self.keep(0)  # any part of the wave may have been evaluated
+            raise
+        self.tokens = list(wave.path)
+        self._n_rows, self._row = 1, -1  # the last token has logits
+        if self.logits_all:
+            self.keep(0)  # `scores` has no rows for these tokens
+        return scores
 
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""
@@ -350,18 +363,6 @@ class Engine:
         self.context.set_state(state.llama_state)
         self.tokens = self.pictures.restore(state.input_ids, state.pictures)
         self._spared = self.pictures.spared(self.tokens)
-
-
-def _scores(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.intp]) -> list[tuple[float, bool]]:
-    """For each row of logits, [n, n_vocab], the log probability of a target token and whether it is the likeliest."""
-    import numpy as np  # see Context.logits
-
-    scores: list[tuple[float, bool]] = []
-    for row, target in zip(logits, targets, strict=True):  # row by row: a row of floats stays in the cache
-        best = int(row.argmax())
-        total = float(np.exp(row - row[best]).sum())
-        scores.append((float(row[target] - row[best]) - math.log(total), bool(row[target] == row[best])))
-    return scores
 
 
 def _unit(vector: list[float]) -> list[float]:

@@ -67,6 +67,11 @@ class Model(Handle):
         """Width of the hidden state."""
         return int(self._library.llama_model_n_embd(self.pointer))
 
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of a cache: no prefix of it can be shared."""
+        pointer = self.pointer
+        return bool(self._library.llama_model_is_recurrent(pointer) or self._library.llama_model_is_hybrid(pointer))
+
     def token_bos(self) -> int:
         """Id of the beginning-of-sequence token, or -1."""
         return int(self._library.llama_vocab_bos(self.vocab))

@@ -87,6 +87,7 @@ def context_fields(
     n_ctx: int,
     n_batch: int,
     n_ubatch: int,
+    n_seq_max: int,
     n_threads: int | None,
     n_threads_batch: int | None,
     type_k: int | str | None,
@@ -106,6 +107,9 @@ def context_fields(
         "n_ctx": integer("n_ctx", n_ctx, 0),
         "n_batch": integer("n_batch", n_batch, 1),
         "n_ubatch": integer("n_ubatch", n_ubatch, 1),
+        # More than tokens in a batch are of no use, and llama.cpp would abort the process.
+        "n_seq_max": min(integer("n_seq_max", n_seq_max, 1), n_batch),
+        "kv_unified": n_seq_max > 1,
         "n_threads": integer("n_threads", n_threads or physical_cores(), 1),
         "offload_kqv": flag("offload_kqv", offload_kqv),
         "embeddings": flag("embedding", embedding),

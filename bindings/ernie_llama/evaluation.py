@@ -3,8 +3,8 @@
     ernie-gguf eval ernie.gguf --tasks gsm8k,mmlu
     python -m ernie_llama.evaluation run --model ernie_llama --model_args model_path=ernie.gguf,n_ctx=4096 --tasks mmlu
 
-The second form takes all of lm_eval's own arguments; `--model_args` are arguments of `Llama`. Requests that share a
-prefix are scored one after the other, and the prefix is evaluated once.
+The second form takes all of lm_eval's own arguments; `--model_args` are arguments of `Llama`. What requests share at
+their beginning is evaluated once, and several are evaluated in one batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class ErnieLlamaLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         super().__init__()
         options.pop("device", None)  # lm_eval passes a device of torch's
         options.pop("max_batch_size", None)
-        self.llm = Llama(model_path, n_ctx=n_ctx, **{"n_gpu_layers": -1, "n_batch": 512, **options})
+        defaults = {"n_gpu_layers": -1, "n_batch": 512, "n_seq_max": 64}
+        self.llm = Llama(model_path, n_ctx=n_ctx, **{**defaults, **options})
 
     @property
     def eot_token_id(self) -> int:
@@ -74,31 +75,35 @@ class ErnieLlamaLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: object
     ) -> list[tuple[float, bool]]:
         """(log probability, whether greedy) of each continuation; a request is (key, context, continuation)."""
+        texts = [self._text(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        by_tokens = sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2])
-        for i in tqdm(by_tokens, desc="loglikelihood", disable=disable_tqdm):
-            key, context, continuation = requests[i]
-            results[i] = self._score(context, continuation)
-            if key is not None:
+        for i, scores in tqdm(self.llm.score_many(texts), desc="loglikelihood", total=len(texts), disable=disable_tqdm):
+            results[i] = sum(logprob for logprob, _ in scores), all(greedy for _, greedy in scores)
+            if (key := requests[i][0]) is not None:
                 self.cache_hook.add_partial("loglikelihood", key, results[i])
         return results
 
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    def _text(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """Tokens to evaluate and how many to score; a text that is too long loses its beginning."""
         tokens = (context + continuation)[-self.llm.n_ctx() - 1 :]
-        scores = self.llm.score(tokens, min(len(continuation), len(tokens) - 1))
-        return sum(logprob for logprob, _ in scores), all(greedy for _, greedy in scores)
+        return tokens, min(len(continuation), len(tokens) - 1)
 
-    def loglikelihood_rolling(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log probability of each text, in windows of the context's size."""
-        results = []
-        for request in tqdm(list(requests), desc="loglikelihood_rolling", disable=disable_tqdm):
-            (text,) = request.args
-            windows = get_rolling_token_windows(
-                self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, self.llm.n_ctx(), 1
-            )
-            results.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        windows = [(i, window) for i, request in enumerate(requests) for window in self._windows(request.args[0])]
+        scores = self._loglikelihood_tokens([(None, *window) for _, window in windows], disable_tqdm)
+        results = [0.0] * len(requests)
+        for (i, _), (logprob, _) in zip(windows, scores, strict=True):
+            results[i] += logprob
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return results
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """(context, continuation) of windows that cover the text once."""
+        tokens = self.tok_encode(text, add_special_tokens=False)
+        windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.llm.n_ctx(), 1)
+        return [make_disjoint_window(window) for window in windows]
 
     def generate_until(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, greedy unless a task asks for sampling."""

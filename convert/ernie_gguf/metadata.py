@@ -108,7 +108,8 @@ def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Pr
     writer.add_vision_image_std(list(eyes.std))
 
 
-def _write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
+def write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
+    """Add the tokenizer's keys."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocab.tokens)
@@ -163,4 +164,4 @@ def write_metadata(
     if config.moe is not None:
         _write_moe(writer, config.moe)
     _write_vision(writer, config, tokens)
-    _write_vocab(writer, vocab)
+    write_vocab(writer, vocab)

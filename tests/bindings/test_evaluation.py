@@ -1,4 +1,4 @@
-"""`Llama.score`, and lm-evaluation-harness on it, against log probabilities computed apart."""
+"""`Llama.score` and `score_many`, and lm-evaluation-harness on it, against log probabilities computed apart."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_llama import Llama
+from ernie_llama._scoring import Limits, Request, waves
+from hypothesis import given
+from hypothesis import strategies as st
 
-from .test_options import LONG, n_decoded
+from .test_options import LONG
 
 pytestmark = pytest.mark.build
 
@@ -43,16 +46,143 @@ def test_scores_are_the_log_probabilities(bf16: str, keeps_all: Llama, n_batch: 
         assert llm.score(tokens, len(tokens) - 1)[-1][0] == pytest.approx(expected[-1], abs=0.15)
 
 
+def texts(llm: Llama) -> list[tuple[list[int], int]]:
+    """Texts to score: with a common beginning, equal but for their end, inside each other, and long ones."""
+    long = llm.tokenize(LONG.encode())
+    endings = [[5], [6], [6, 7, 8], [9] * 20]
+    return [
+        *(([*long[:40], *ending], len(ending)) for ending in endings),
+        *(([*long[:12], *ending], len(ending)) for ending in endings),
+        (long, len(long) - 1),
+        (long[:20], 19),
+        (long[:20], 3),
+        (long[30:], 1),
+    ]
+
+
+@pytest.mark.parametrize(("n_seq_max", "n_batch"), [(1, 512), (3, 512), (64, 512), (64, 16)])
+def test_scores_of_many_texts_are_those_of_each_alone(
+    bf16: str, keeps_all: Llama, n_seq_max: int, n_batch: int
+) -> None:
+    asked = texts(keeps_all)
+    with Llama(bf16, n_threads=1, n_seq_max=n_seq_max, n_batch=n_batch) as llm:
+        scores = list(llm.score_many(asked))
+        assert sorted(i for i, _ in scores) == list(range(len(asked)))
+        for i, found in scores:
+            tokens, n = asked[i]
+            expected = logprobs(keeps_all, tokens)[-n:]
+            np.testing.assert_allclose([logprob for logprob, _ in found], expected, atol=0.2)
+        again = dict(llm.score_many(asked))  # now with something in the cache
+        for i, found in scores:
+            np.testing.assert_allclose([each for each, _ in again[i]], [each for each, _ in found], atol=0.2)
+
+
+def n_decoded(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that collects the number of tokens of every later batch that is scored."""
+    counts: list[int] = []
+    decode = llm._ctx.decode_tree
+
+    def counting(tokens: np.ndarray, *arrays: np.ndarray) -> None:
+        counts.append(len(tokens))
+        decode(tokens, *arrays)
+
+    monkeypatch.setattr(llm._ctx, "decode_tree", counting)
+    return counts
+
+
 def test_a_shared_context_is_evaluated_once(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     context = llm.tokenize(LONG.encode())
-    llm.score([*context, 5], 1)
     counts = n_decoded(llm, monkeypatch)
+    llm.score([*context, 5], 1)
     first = llm.score([*context, 6], 1)
-    assert counts == []
+    assert counts == [len(context), 1]
     llm.score([*context, 6, 7], 2)
-    assert sum(counts) == 2
+    assert counts[2:] == [2]
     llm.reset()
-    assert llm.score([*context, 6], 1)[0][0] == pytest.approx(first[0][0], abs=0.01)
+    assert llm.score([*context, 6], 1)[0][0] == pytest.approx(first[0][0], abs=0.15)
+
+
+def test_texts_are_batched_and_share_what_they_share(bf16: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Llama(bf16, n_threads=1, n_seq_max=8) as llm:
+        context = llm.tokenize(LONG.encode())
+        counts = n_decoded(llm, monkeypatch)
+        list(llm.score_many([([*context, 5], 1), ([*context, 6], 1), ([*context, 7, 8], 2), ([*context, 9, 9, 9], 3)]))
+        assert counts == [len(context) + 1 + 2]
+
+
+def test_generation_continues_after_scores(bf16: str, llm: Llama) -> None:
+    context = llm.tokenize(LONG.encode())
+    llm.eval(context)
+    expected = llm.logits
+    with Llama(bf16, n_threads=1, n_seq_max=4) as other:
+        list(other.score_many([([*context, 5], 1), ([0, 6, 7], 2)]))
+        assert other.eval_tokens == context
+        np.testing.assert_allclose(other.logits, expected, atol=0.3)
+        assert other.sample(temp=0) == int(expected.argmax())
+        assert other(LONG, max_tokens=8, temperature=0)["choices"][0]["text"]
+
+
+def test_scores_of_the_logits_are_not_those_of_scored_texts(keeps_all: Llama) -> None:
+    keeps_all.score([5, 6, 7], 2)
+    assert keeps_all.scores.shape == (0, keeps_all.n_vocab())
+
+
+def test_an_interrupted_score_leaves_nothing_behind(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = llm.tokenize(LONG.encode())
+    expected = llm.score(context, 5)
+
+    def fail(*_arrays: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._ctx, "decode_tree", fail)
+        with pytest.raises(KeyboardInterrupt):
+            llm.score([*context[:40], 5], 1)
+    assert llm.n_tokens == 0
+    assert llm.score(context, 5) == expected
+
+
+def test_the_number_of_sequences_is_checked(bf16: str) -> None:
+    with pytest.raises(ValueError, match=r"n_seq_max is 0, expected at least 1"):
+        Llama(bf16, n_seq_max=0)
+    with pytest.raises(ValueError, match=r"no context of 512 tokens can be made: .*n_seq_max must be <= 256"):
+        Llama(bf16, n_seq_max=257)
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=12)
+
+
+@given(
+    asked=st.lists(st.tuples(TOKENS, st.integers(1, 11)), max_size=12),
+    evaluated=TOKENS,
+    sequences=st.integers(1, 4),
+    tokens=st.integers(1, 30),
+)
+def test_waves_evaluate_every_text_in_order_and_within_the_limits(
+    asked: list[tuple[list[int], int]], evaluated: list[int], sequences: int, tokens: int
+) -> None:
+    """Follow the KV cache through the waves: what each sequence holds when a token is evaluated and scored."""
+    requests = [Request(i, text[:-1], text[-min(n, len(text) - 1) :]) for i, (text, n) in enumerate(asked)]
+    limits = Limits(cells=20, sequences=sequences, tokens=tokens)
+    scored: dict[int, list[tuple[list[int], int]]] = {}
+    for wave in waves(requests, evaluated, limits):
+        assert len(wave.kept) <= sequences
+        assert wave.kept[0] + len(wave.tokens) <= limits.cells
+        assert len(wave.tokens) <= tokens or len(wave.kept) == 1
+        assert max(wave.kept) == wave.kept[0]
+        cache = [evaluated[:n] for n in wave.kept]
+        for i, token in enumerate(wave.tokens):
+            for sequence in range(wave.first[i], wave.last[i] + 1):
+                assert len(cache[sequence]) == wave.positions[i]
+                cache[sequence].append(token)
+            for _, index, target in (each for each in wave.targets if each[0] == i):
+                scored.setdefault(index, []).append((list(cache[wave.first[i]]), target))
+        assert cache[-1] == wave.path
+        evaluated = wave.path
+    for request in requests:
+        text = [*request.inputs, request.targets[-1]]
+        expected = [(text[:i], text[i]) for i in range(len(text) - len(request.targets), len(text))]
+        assert scored[request.index] == expected
 
 
 def test_what_cannot_be_scored_is_refused(llm: Llama) -> None:
