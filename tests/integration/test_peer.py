@@ -1,4 +1,4 @@
-"""llama-cpp-python on our libllama: the same program, with only its import changed, gives the same on ccq2 files.
+"""llama-cpp-python on our libllama, found by LLAMA_CPP_LIB_PATH: it runs, and gives the same as `ernie_llama`.
 
 Only its Python part is used: that of the folder that LLAMA_CPP_PYTHON names, or of the source distribution that
 reference/llama-cpp-python.txt pins, which is downloaded once and kept beside the llama.cpp tree.
@@ -14,8 +14,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tree
+from ernie_llama import Llama
 
 pytestmark = pytest.mark.build
 
@@ -84,6 +86,26 @@ results["embedding"] = llm.create_embedding(["import os"])
 print(json.dumps(results, default=float))  # its log probabilities are numpy numbers
 """
 
+# What docs/python-api.md says of stock llama-cpp-python: nothing but LLAMA_CPP_LIB_PATH tells it where the library is.
+STOCK = """
+import json, sys
+import llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+prompt, messages = "def main():", [{"role": "user", "content": "def f"}]
+greedy = {"max_tokens": 16, "temperature": 0.0}
+results = {"version": llama_cpp.__version__, "completion": llm(prompt, **greedy)["choices"][0]["text"]}
+llm.reset()
+results["stream"] = "".join(chunk["choices"][0]["text"] for chunk in llm(prompt, stream=True, **greedy))
+llm.reset()
+results["chat"] = llm.create_chat_completion(messages, **greedy)["choices"][0]["message"]["content"]
+llm.reset()
+chunks = llm.create_chat_completion(messages, stream=True, **greedy)
+results["chat stream"] = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+llm = llama_cpp.Llama(sys.argv[1], embedding=True, pooling_type=1, n_threads=1, verbose=False)
+results["embeddings"] = [each["embedding"] for each in llm.create_embedding(["import os", "x"])["data"]]
+print(json.dumps(results))
+"""
+
 
 @pytest.fixture(scope="module")
 def peer(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -111,7 +133,7 @@ def peer(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def results(module: str, model: Path, llama_bin: Path, *paths: Path) -> dict[str, Any]:
+def results(program: str, model: Path, llama_bin: Path, *paths: Path) -> dict[str, Any]:
     """What the program prints, without what differs from run to run."""
     environment = {
         **os.environ,
@@ -119,7 +141,7 @@ def results(module: str, model: Path, llama_bin: Path, *paths: Path) -> dict[str
         "ERNIE_LLAMA_LIB_PATH": str(llama_bin),
         "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.replace("MODULE", module), str(model)]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(model)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return without_times(json.loads(done.stdout))  # type: ignore[no-any-return]  # a dictionary gives one
@@ -132,12 +154,28 @@ def without_times(value: Any) -> Any:  # noqa: ANN401 - any JSON
 
 
 def test_the_same_program_gives_the_same(llama_bin: Path, tiny_ccq2_gguf: Path, peer: Path) -> None:
-    theirs = results("llama_cpp", tiny_ccq2_gguf, llama_bin, peer)
-    ours = results("ernie_llama", tiny_ccq2_gguf, llama_bin)
+    theirs = results(PROGRAM.replace("MODULE", "llama_cpp"), tiny_ccq2_gguf, llama_bin, peer)
+    ours = results(PROGRAM.replace("MODULE", "ernie_llama"), tiny_ccq2_gguf, llama_bin)
     assert len(theirs["def main():"]["greedy"]["choices"][0]["text"]) > 20
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
         assert rounded(ours[key]) == rounded(value), key
+
+
+def test_stock_llama_cpp_python_runs_over_this_library(
+    llama_bin: Path, built_library: None, tiny_ccq2_gguf: Path, peer: Path
+) -> None:
+    out = results(STOCK, tiny_ccq2_gguf, llama_bin, peer)
+    assert f"llama_cpp_python-{out['version']}" == tree.pinned(PIN)[0].removesuffix(".tar.gz")
+    assert out["completion"] == out["stream"]
+    assert out["chat"] == out["chat stream"]
+    with Llama(str(tiny_ccq2_gguf), n_threads=1, flash_attn=False) as llm:  # its default
+        expected = llm("def main():", max_tokens=16, temperature=0)["choices"][0]["text"]
+        assert out["completion"] == expected
+    assert len(out["chat"]) > 10
+    first, second = np.array(out["embeddings"])
+    assert first.shape == second.shape == (256,)
+    assert abs(first @ second) < 0.999 * np.linalg.norm(first) * np.linalg.norm(second)
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON
