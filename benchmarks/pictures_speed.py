@@ -178,10 +178,10 @@ def encoding(eyes: _mtmd.Eyes, side: int) -> tuple[Callable[[], object], _mtmd.P
 
 
 def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The median of each call; all run in turn, after a first round that does not count."""
+    """The median of each call; all run in turn, forth and back, after a first round that does not count."""
     found: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 1):
-        for samples, call in zip(found, calls, strict=True):
+        for samples, call in list(zip(found, calls, strict=True))[:: -1 if number % 2 else 1]:
             begin = time.perf_counter()
             call()
             if number:
@@ -306,10 +306,11 @@ def measure(files: Files, options: argparse.Namespace) -> dict[str, list[list[An
             out["pictures"] = picture_rows(seeing, peer, options)
         seeing.reset()
         if "text" in options.steps:
-            calls = [*text_calls(seeing), *text_calls(reading)]
-            prompt, generation, prompt_text, generation_text = milliseconds(calls, options.rounds)
-            out["text"] = [[f"prompt of {TEXT}", round(prompt, 1), round(prompt_text, 1)]]
-            out["text"].append(["16 tokens", round(generation, 1), round(generation_text, 1)])
+            names = (f"prompt of {TEXT}", "16 tokens")
+            for name, *calls in zip(names, text_calls(seeing), text_calls(reading), strict=True):
+                out.setdefault("text", []).append(
+                    [name, *(round(each, 1) for each in milliseconds(calls, options.rounds))]
+                )
     return out
 
 
