@@ -9,6 +9,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+# A signal that comes just before the main thread begins to wait does not wake it.
+WAKE_SECONDS = 0.5
+
 
 class Interruptible(Generic[T]):
     """Runs a C call that polls `stop` through a callback, so that Ctrl-C ends it early.
@@ -32,12 +35,12 @@ class Interruptible(Generic[T]):
         self._stop.clear()
         try:
             self._start(call)
-            self._done.wait()
+            self._wait()
         except BaseException:
-            self._stop.set()
             while not self._done.is_set():
                 with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: the call is already ending
-                    self._done.wait()
+                    self._stop.set()
+                    self._wait()
             raise
         if self._errors:
             raise self._errors[0]
@@ -49,6 +52,10 @@ class Interruptible(Generic[T]):
         except RuntimeError:  # no thread could be started, so there is nothing to wait for
             self._done.set()
             raise
+
+    def _wait(self) -> None:
+        while not self._done.wait(WAKE_SECONDS):
+            pass
 
     def _work(self, call: Callable[[], T]) -> None:
         try:
