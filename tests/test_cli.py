@@ -1,6 +1,7 @@
 """The command: output for people and machines, and for every wrong input one line, the exit code, nothing left."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,9 +19,13 @@ import pytest
 from ernie_gguf import convert
 from ernie_gguf import write as execute
 from ernie_gguf.checkpoint.shards import ShardReader
-from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.transform import Inexact
+from ernie_gguf.verify.compare import Finding, Verdict
+from ernie_gguf.verify.report import verdicts_table
 from ernie_gguf.write import Piece
+from reference.specimens import TINY
+from rich.console import Console
 from support.checkpoints import EXAMPLE, Spec, make
 from support.command_line import Command, snapshot
 from support.paddle import TWO_BITS, make_two_bits
@@ -382,7 +387,10 @@ def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     assert repacked["inexact"] == {}
 
 
-@pytest.mark.parametrize("command", ["convert", "quantize", "verify", "inspect", "serve", "chat", "eval"])
+COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "chat", "eval"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_80_columns_and_cuts_nothing(
     ernie_gguf: Command, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -392,6 +400,64 @@ def test_help_fits_80_columns_and_cuts_nothing(
     assert "\u2026" not in out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert ernie_gguf(command, "--help").out == out
+
+
+def test_the_list_of_commands_cuts_no_sentence(ernie_gguf: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ernie_gguf("-h").out.splitlines()[1:]  # without "Usage: ... [ARGS]..."
+    assert all(len(line) <= 80 and not line.endswith("...") for line in lines)
+    assert [line.split()[0] for line in lines[-len(COMMANDS) :]] == COMMANDS
+
+
+@pytest.fixture
+def on_a_terminal(ernie_gguf: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What a command prints on a terminal of 80 columns, checked to fit."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    def run(*args: str | Path) -> str:
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", ernie_gguf(*args).out)
+        assert [line for line in text.splitlines() if len(line) > 80] == []
+        return text
+
+    return run
+
+
+def test_tables_fit_80_columns_and_cut_no_name(
+    on_a_terminal: Callable[..., str], tiny_ccq2_gguf: Path, tmp_path: Path
+) -> None:
+    names = [tensor.name for tensor in read_gguf(tiny_ccq2_gguf).tensors]
+    outputs = [
+        on_a_terminal("convert", TINY, "--outfile", tmp_path / "out.gguf", "--dry-run"),
+        on_a_terminal("verify", TINY, tiny_ccq2_gguf),
+        on_a_terminal("inspect", tiny_ccq2_gguf),
+    ]
+    for text in outputs:
+        words = text.split()
+        assert [name for name in names if name not in words] == []
+    assert "\u2026" not in outputs[0] + outputs[1]
+    assert all(key in outputs[2] for key in read_gguf(tiny_ccq2_gguf).metadata)
+
+
+def test_the_longest_names_of_the_300b_fit_80_columns() -> None:
+    verdicts = [
+        Verdict("blk.53.ffn_gate_shexp.weight", "BF16", "q8_0", False, Finding(9, 2**31, largest=1e-10)),
+        Verdict("blk.53.ffn_gate_exps.weight", "ccq2", "ccq2", True, Finding(9, 999_999, missed_rows=1)),
+        Verdict("blk.53.exp_probs_b.bias", "BF16", "f32", True, Finding(problem="ne is [64], expected [32]")),
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(*verdicts_table(GgufFile(Path("x.gguf"), 3, {}, (), 0), verdicts), sep="\n")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert all(verdict.name in text for verdict in verdicts)
+    assert "\u2026" not in text
+    assert "blk.53.exp_probs_b.bias: MISMATCH: ne is [64], expected [32]" in text
+
+
+@pytest.mark.build
+def test_info_fits_80_columns(on_a_terminal: Callable[..., str], built_library: None, tiny_ccq2_gguf: Path) -> None:
+    assert "\u2026" not in on_a_terminal("info") + on_a_terminal("info", tiny_ccq2_gguf)
 
 
 def test_a_mistyped_option_or_command_is_answered_with_the_nearest(ernie_gguf: Command) -> None:

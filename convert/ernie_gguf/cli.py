@@ -184,7 +184,7 @@ def inspect(
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
 
 
-@app.command()
+@app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
 def verify(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
@@ -192,9 +192,9 @@ def verify(
     text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
-    """Compare every weight of a GGUF, or of an mmproj, with the checkpoint it was made from.
+    """Compare every weight of a GGUF with the checkpoint it was made from.
 
-    The exit code is 1 if one is wrong.
+    The GGUF may be an mmproj. The exit code is 1 if a weight is wrong.
     """
     from .convert import read_checkpoint
     from .gguf_file.reader import read_gguf
@@ -213,12 +213,15 @@ def verify(
         raise typer.Exit(1)
 
 
-app.command()(quantize)
-app.command()(build)
-app.command()(info)
-app.command(context_settings={"ignore_unknown_options": True})(serve)
+app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(quantize)
+app.command(short_help="Build the patched llama.cpp and install it for this user.")(build)
+app.command(short_help="Show the llama.cpp in use; say whether a file fits.")(info)
+app.command(
+    short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
+    context_settings={"ignore_unknown_options": True},
+)(serve)
 app.command()(chat)
-app.command("eval")(evaluate)
+app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
 
 
 def _mention_leftovers(folder: Path) -> None:

@@ -50,10 +50,10 @@ def _bpw(types: dict[str, dict[str, Any]]) -> float:
 
 
 def _types_table(types: dict[str, dict[str, Any]]) -> Table:
-    table = Table("type", *(right(name) for name in ("tensors", "weights", "size", "share", "bits/weight")), box=None)
+    rows = table("type", *(right(name) for name in ("tensors", "weights", "size", "share", "bits/weight")))
     total = sum(entry["bytes"] for entry in types.values()) or 1
     for name, entry in types.items():
-        table.add_row(
+        rows.add_row(
             name,
             str(entry["tensors"]),
             f"{entry['elements']:,}",
@@ -61,12 +61,23 @@ def _types_table(types: dict[str, dict[str, Any]]) -> Table:
             f"{100 * entry['bytes'] / total:.1f} %",
             f"{entry['bpw']:.4g}",
         )
-    return table
+    return rows
 
 
-def right(name: str) -> Column:
+def table(*columns: Column | str) -> Table:
+    """A table that cuts nothing on a narrow terminal: text goes on in the next line."""
+    folding = (Column(each, overflow="fold") if isinstance(each, str) else each for each in columns)
+    return Table(*folding, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+
+
+def right(header: str) -> Column:
     """A column of numbers."""
-    return Column(name, justify="right")
+    return Column(header, justify="right", no_wrap=True)
+
+
+def whole(header: str) -> Column:
+    """A column of names, which stay in one line."""
+    return Column(header, no_wrap=True)
 
 
 def _shape(ne: Iterable[int]) -> str:
@@ -121,17 +132,17 @@ def _origin(tensor: TensorPlan) -> str:
 
 def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
     """The plan for people; `paths` are the files it will make."""
-    table = Table("tensor", right("ne"), "type", right("size"), "from", box=None)
+    tensors = table(whole("tensor"), right("ne"), "type", right("size"), "from")
     for tensor in plan.tensors:
         note = f" ({tensor.note})" if tensor.note else ""
-        table.add_row(
+        tensors.add_row(
             tensor.name,
             _shape(reversed(tensor.shape)),
             tensor.ggml_type.name.lower(),
             human(tensor.nbytes),
             Text(_origin(tensor) + note),
         )
-    out: list[Any] = [table, ""]
+    out: list[Any] = [tensors, ""]
     for header, reason in plan.dropped:
         out.append(Text(f"dropped: {header.name}: {reason}"))
     types = _plan_types(plan)
@@ -242,10 +253,10 @@ def _brief(value: object) -> str:
 
 def file_table(file: GgufFile) -> list[Any]:
     """A GGUF file for people."""
-    metadata = Table("key", "value", box=None)
+    metadata = table(whole("key"), "value")
     for key, value in file.metadata.items():
         metadata.add_row(Text(key), Text(_brief(value)))
-    tensors = Table("tensor", right("ne"), "type", right("size"), right("bits/weight"), box=None)
+    tensors = table(whole("tensor"), right("ne"), "type", right("size"), right("bits/weight"))
     for tensor in file.tensors:
         bpw = f"{8 * tensor.nbytes / tensor.elements:.4g}"
         tensors.add_row(Text(tensor.name), _shape(tensor.ne), tensor.type_name, human(tensor.nbytes), bpw)

@@ -132,7 +132,7 @@ def llm(built_library: None, tiny_ccq2_gguf: Path) -> Iterator[Llama]:
 
 def test_serve_says_what_it_runs_and_passes_options_through(server: Server, log: Path, tiny_ccq2_gguf: Path) -> None:
     first = log.read_text().splitlines()[0]
-    assert re.search(r"/llama-server --model \S+ --alias ernie-tiny-ccq2 --jinja --fit on --cache-type-k q8_0 ", first)
+    assert re.search(r"/llama-server --model \S+ --alias ernie-tiny-ccq2 --cache-type-k q8_0 ", first)
     assert first.endswith(" -t 1 -np 4 -c 2048")
     props = json.loads(server.get("/props"))
     assert props["total_slots"] == SLOTS
@@ -141,13 +141,12 @@ def test_serve_says_what_it_runs_and_passes_options_through(server: Server, log:
 
 
 def test_a_given_option_replaces_the_default(built_library: None, tiny_ccq2_gguf: Path) -> None:
-    command = server_command(tiny_ccq2_gguf, ["-ctk", "f16", "--alias=x", "--no-jinja"])
-    assert command[-3:] == ["f16", "--alias=x", "--no-jinja"]
+    command = server_command(tiny_ccq2_gguf, ["-ctk", "f16", "--alias=x"])
+    assert command[-2:] == ["f16", "--alias=x"]
     assert "--cache-type-k" not in command
-    assert "--jinja" not in command
     assert command.count("--alias") == 0
     assert [names for names, _ in DEFAULTS if names[0] in command] == [
-        names for names, _ in DEFAULTS[1:] if "-ctk" not in names
+        names for names, _ in DEFAULTS if "-ctk" not in names
     ]
 
 

@@ -86,14 +86,12 @@ def _library() -> dict[str, Any]:
 
 
 def _library_text(found: dict[str, Any]) -> list[Any]:
-    from rich.table import Table
-
-    from ..report import right
+    from ..report import right, table
 
     has = {True: "yes", False: "no"}
-    table = Table("device", "description", right("memory"), right("free"), box=None)
+    devices = table("device", "description", right("memory"), right("free"))
     for device in found["devices"]:
-        table.add_row(device["name"], device["description"], *(_gib(device[key]) for key in ("total", "free")))
+        devices.add_row(device["name"], device["description"], *(_gib(device[key]) for key in ("total", "free")))
     built = found["built"]
     return [
         f"{found['path']} ({found['origin']})",
@@ -144,18 +142,16 @@ def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[Any
 
 
 def _table(plan: Plan) -> Table:
-    from rich.table import Table
-
-    from ..report import right
+    from ..report import right, table
 
     names = ("weights", "KV cache", "compute", "sum", "has", "left")
-    table = Table("device", "layers", *(right(name) for name in names), box=None)
+    needs = table("device", "layers", *(right(name) for name in names))
     for need in plan.needs:
         layers = f"{need.layers[0]}-{need.layers[-1]}" if need.layers else ""
         sizes = [f"{size / 2**30:.2f}" for size in (need.weights, need.kv, need.compute, need.bytes)]
         has = ["", ""] if need.total is None else [f"{x / 2**30:.2f}" for x in (need.total, need.total - need.bytes)]
-        table.add_row(need.device, layers, *sizes, *has)
-    return table
+        needs.add_row(need.device, layers, *sizes, *has)
+    return needs
 
 
 def _verdict(plan: Plan) -> str:

@@ -13,12 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from ..errors import ErnieGgufError, OutputError
 from ..files import replacing
-from ..report import human, right
+from ..report import human, right, table
 from .pictures import PICTURES
 from .stats import Group, MatrixStats, by_projection, by_tensor
 
@@ -146,19 +145,19 @@ def _verdicts(summary: QuantizeSummary) -> list[str]:
 
 def summary_table(summary: QuantizeSummary) -> list[Any]:
     """The result for people: a row per tensor, a row per projection, three sentences, the file."""
-    table = Table(right("layer"), "projection", *map(right, _COLUMNS), box=None)
+    matrices = table(right("layer"), "projection", *map(right, _COLUMNS))
     for group in by_tensor(summary.matrices):
-        table.add_row(str(group.layer), group.projection, *_cells(group), style=_style(group))
-    table.add_section()
+        matrices.add_row(str(group.layer), group.projection, *_cells(group), style=_style(group))
+    matrices.add_section()
     for group in by_projection(summary.matrices):
-        table.add_row("all", group.projection, *_cells(group), style=_style(group) or "bold")
+        matrices.add_row("all", group.projection, *_cells(group), style=_style(group) or "bold")
     size = f"{human(summary.nbytes)}, {summary.bits_per_weight:.4g} bits per weight"
     lines = [
         *_verdicts(summary),
         f"{summary.path}: {size} ({summary.expert_bits_per_weight:.4g} in the experts), "
         f"{summary.tokens:,} calibration tokens, {_duration(summary.seconds)} on {summary.device}",
     ]
-    return [table, "", *map(Text, lines)]
+    return [matrices, "", *map(Text, lines)]
 
 
 _ABOUT = """\

@@ -19,8 +19,6 @@ SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 # What is added unless the user gives one of the names. Context, layers on the GPU and experts in the CPU's memory are
 # left unset: llama.cpp's fitting chooses them so that the model fits into the memory there is.
 DEFAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("--jinja", "--no-jinja"), ("--jinja",)),  # the chat template of the file
-    (("--fit", "-fit"), ("--fit", "on")),
     (("--cache-type-k", "-ctk"), ("--cache-type-k", "q8_0")),  # half the memory of f16 for the same text
     (("--cache-type-v", "-ctv"), ("--cache-type-v", "q8_0")),
     (("--metrics",), ("--metrics",)),

@@ -3,11 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Column, Table
 from rich.text import Text
 
 from ..gguf_file.reader import GgufFile
-from ..report import right
+from ..report import right, table, whole
 from .compare import Finding, Verdict
 
 
@@ -59,23 +58,30 @@ def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
     }
 
 
+def _count(n: int) -> str:
+    """A number in at most seven characters; up to a million it is exact."""
+    if n < 10**6:
+        return f"{n:,}"
+    return f"{n / 10**6:.2f}M" if n < 10**9 else f"{n / 10**9:.2f}G"
+
+
+def _word(verdict: Verdict) -> str:
+    """A verdict in a word."""
+    if not verdict.ok:
+        return "MISMATCH"
+    return "exact" + "*" * (verdict.finding.explained > 0) if verdict.exact else "rounded"
+
+
 def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
-    """The result of `verify` for people."""
-    table = Table(
-        Column("tensor", no_wrap=True),
-        "source",
-        "type",
-        *map(right, ("differ", "largest error", "relative")),
-        "verdict",
-        box=None,
-    )
+    """The result of `verify` for people, 80 characters wide with the longest names of a text model."""
+    tensors = table(whole("tensor"), "source", "type", *map(right, ("differ", "error", "relative")), "verdict")
     for verdict in verdicts:
         found = verdict.finding
         differ = found.explained + found.wrong
-        numbers = (f"{differ:,}", f"{found.largest:.2e}", f"{found.relative:.2e}") if differ else ("0", "", "")
+        numbers = (_count(differ), f"{found.largest:.1e}", f"{found.relative:.1e}") if differ else ("0", "", "")
         style = "" if verdict.ok else "red"
-        table.add_row(
-            Text(verdict.name), verdict.source.lower(), verdict.type_name, *numbers, _said(verdict), style=style
+        tensors.add_row(
+            Text(verdict.name), verdict.source.lower(), verdict.type_name, *numbers, _word(verdict), style=style
         )
     total, bad = _sum_of(verdicts), [verdict for verdict in verdicts if not verdict.ok]
     exact = sum(not verdict.finding.explained and verdict.ok for verdict in verdicts)
@@ -84,10 +90,12 @@ def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
         if (len(bad) > len(verdicts) // 2)
         else ""
     )
+    missed = f"rows without an integer code map: {total.missed_rows:,}; scales that f16 rounds: {total.rounded_rows:,}"
     lines = [
+        *(f"{verdict.name}: {_said(verdict)}" for verdict in bad),
         f"{len(verdicts)} tensors, {total.values:,} weights compared: {exact} tensors exact, "
         f"{len(verdicts) - exact - len(bad)} with differences that their type explains, {len(bad)} wrong",
-        f"rows without an integer code map: {total.missed_rows:,}; scales that f16 rounds: {total.rounded_rows:,}",
+        f"* {missed}" if total.missed_rows or total.rounded_rows else missed,
         f"{file.path}: {'does NOT hold what the checkpoint says' + other if bad else 'holds what the checkpoint says'}",
     ]
-    return [table, "", *map(Text, lines)]
+    return [tensors, "", *map(Text, lines)]
