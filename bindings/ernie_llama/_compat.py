@@ -198,6 +198,21 @@ def _without_langchains_rope(options: Mapping[str, Any], metadata: Mapping[str, 
     return kept
 
 
+def mmproj_of(handler: object) -> str | None:
+    """The path of the mmproj that a `chat_handler` holds; None without a handler.
+
+    Raises:
+        ValueError: it holds none, so it wants to render prompts by itself.
+    """
+    path: str | None = getattr(handler, "clip_model_path", None)
+    if handler is not None and path is None:
+        raise ValueError(
+            f"chat_handler is {handler!r}: expected one that holds the path of an mmproj; prompts are rendered with "
+            "the chat template of the file, or with chat_template="
+        )
+    return path
+
+
 def warn_of_chat_format(chat_format: str | None) -> None:
     """Say that a chat format is ignored."""
     if chat_format is not None:

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +44,8 @@ class LibraryNotFoundError(OSError):
 
 def data_folder() -> Path:
     """Where `ernie-gguf build` of this version installs: `cpu` and `cuda` in the user's data folder."""
+    from importlib import metadata  # a quarter of the import time of the package
+
     try:
         version = metadata.version("ernie-gguf")
     except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import secrets
 import sys
 from collections.abc import Sequence
@@ -287,4 +286,6 @@ class Eyes(Handle):
 
 
 def _digest(data: bytes) -> str:
+    import hashlib
+
     return hashlib.sha256(data).hexdigest()

@@ -6,7 +6,6 @@ import ctypes
 import operator
 import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -285,6 +284,8 @@ def add_rpc_servers(library: ctypes.CDLL, servers: str | Sequence[str]) -> None:
 
 def _check_reachable(endpoint: str) -> None:
     """ValueError if nothing listens at HOST:PORT: ggml would abort the process."""
+    import socket
+
     host, colon, port = endpoint.rpartition(":")
     if not colon or not port.isdecimal():
         raise ValueError(f"rpc_servers: found {endpoint!r}, expected HOST:PORT")

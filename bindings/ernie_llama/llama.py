@@ -209,7 +209,7 @@ class Llama:
             logits_all=_options.flag("logits_all", logits_all),
             cache_prompt=_options.flag("cache_prompt", cache_prompt) and not embedding,
             draft_model=draft_model,
-            eyes=self._open_eyes(mmproj_path or getattr(rare.get("chat_handler"), "clip_model_path", None), n_threads),
+            eyes=self._open_eyes(mmproj_path or _compat.mmproj_of(rare.get("chat_handler")), n_threads),
         )
         self.n_batch = self._ctx.n_batch
         self._n_vocab = self._model.n_vocab()

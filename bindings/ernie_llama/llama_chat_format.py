@@ -28,7 +28,7 @@ class _Unavailable:
 
 
 def __getattr__(name: str) -> type[ChatHandler] | type[_Unavailable]:
-    if name.endswith("ChatHandler"):
+    if name.endswith(("ChatHandler", "ChatCompletionHandler")):
         return type(name, (ChatHandler,), {"__doc__": ChatHandler.__doc__})
     if name.endswith("ChatFormatter"):
         return type(name, (_Unavailable,), {"__doc__": "Not available: made for other models."})

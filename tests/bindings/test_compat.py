@@ -85,6 +85,14 @@ def test_langchains_rope_frequency_is_ignored_and_others_are_obeyed(bf16: str) -
     assert np.abs(logits(bf16, rope_freq_scale=0.25) - plain).max() > 0.1
 
 
+def test_a_chat_handler_that_holds_no_mmproj_is_refused(bf16: str) -> None:
+    handler: Any = lambda **_options: None  # noqa: E731 - a function is what llama-cpp-python takes
+    with pytest.raises(
+        ValueError, match=r"chat_handler is <function .*: expected one that holds the path of an mmproj"
+    ):
+        Llama(bf16, n_threads=1, chat_handler=handler)
+
+
 def test_a_chat_format_is_ignored_with_a_warning(bf16: str) -> None:
     with pytest.warns(UserWarning, match="chat_format='chatml' is ignored: the file's own chat template is used"):
         Llama(bf16, n_threads=1, chat_format="chatml").close()
@@ -305,6 +313,8 @@ def test_further_names(llm: Llama) -> None:
     chunks: list[Any] = list(llm.create_chat_completion_openai_v1(MESSAGES, max_tokens=1, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert Llava15ChatHandler(clip_model_path="eyes.gguf", verbose=False).clip_model_path == "eyes.gguf"
+    handler: Any = ernie_llama.llama_chat_format
+    assert handler.LlamaChatCompletionHandler.__name__ == "LlamaChatCompletionHandler"  # in autogen's annotations
     absent: list[Any] = [Llama.from_pretrained, ernie_llama.LlamaHFTokenizer]
     for call in absent:
         with pytest.raises(NotImplementedError, match=r"downloads nothing|is not available"):
