@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+# Tokens that are evaluated without looking for Ctrl-C meanwhile. That costs a thread, and a call into Python per graph
+# node: too much for every generated token, and for guesses of a draft model.
+SHORT_BATCH = 16
+
 _NO_ABORT = _structs.ggml_abort_callback()
 
 
@@ -58,10 +62,11 @@ class Context(Handle):
             KeyboardInterrupt: Ctrl-C; any part of the tokens may be in the cache then.
         """
         LOG.forget()
-        # The abort callback costs a call into Python per graph node: too much for every generated token.
         if len(tokens) == 1:
             self._one.token[0], self._one.pos[0] = tokens[0], n_past
             code = self._library.llama_decode(self.pointer, self._one)
+        elif len(tokens) <= SHORT_BATCH:
+            code = self._library.llama_decode(self.pointer, _batch(tokens, n_past, n_outputs))
         else:
             code = self._decode_interruptible(_batch(tokens, n_past, n_outputs))
         _check(code, len(tokens), n_past)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_llama import Llama
+from ernie_llama._context import SHORT_BATCH
 from ernie_llama._options import physical_cores
 
 pytestmark = pytest.mark.build
@@ -244,7 +245,8 @@ def test_after_ctrl_c_between_tokens_the_model_still_works(llm: Llama) -> None:
 
 
 def test_after_ctrl_c_during_a_prompt_the_model_still_works(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = llm.tokenize(PROMPT)
+    tokens = llm.tokenize(PROMPT * 8)
+    assert len(tokens) > SHORT_BATCH + 2
     llm.eval(tokens)
     expected = llm.logits
     llm.reset()
