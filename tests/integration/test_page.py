@@ -121,15 +121,15 @@ def test_reasoning_is_folded(llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Pa
 
 
 def test_a_picture_is_attached(llama_bin: Path, tmp_path: Path) -> None:
-    """The example that reads numbers is shown one."""
+    """The example that reads numbers and words is shown one."""
     model, eyes = tmp_path / "model.gguf", tmp_path / "eyes.gguf"
     write_gguf(prepare(VL_TINY, Outtype.BF16), model, 1, False, lambda _: None, mmproj=eyes)
     options = ("--mmproj", eyes, "--jinja", "--temp", "0")
     with serving(llama_bin, tmp_path, model, *options) as address, browsing(address) as browser:
-        picture = VL_TINY / "pictures" / "13-green-07.png"
+        picture = VL_TINY / "pictures" / "08-377-blue.png"
         browser.page.wait_for_selector("textarea")
         browser.page.locator("input[type=file]").first.set_input_files(picture)
         browser.page.get_by_alt_text(picture.name).wait_for()
-        assert browser.say("What is written here?").inner_text().startswith("13\n")
+        assert browser.say("What is written here?").inner_text().startswith("377\n")
     (parts,) = (message["content"] for request in browser.requests for message in request["messages"])
     assert {part["type"] for part in parts} == {"text", "image_url"}
