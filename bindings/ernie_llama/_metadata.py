@@ -22,6 +22,7 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 MAX_SIZE = 1 << 20  # far above any model; products of two sizes stay within 64 bits, and rows within memory
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+TOWER = "clip"  # the architecture of every mmproj
 SIZES = (
     "embedding_length",
     "feed_forward_length",
@@ -170,8 +171,9 @@ def _heads(of: Metadata) -> str | None:
 
 def _moe_step(of: Metadata) -> str | None:
     step = of.number("interleave_moe_layer_step", 1)
-    if of.architecture == "ernie4_5-moe" and step < 1:
-        return f"interleave_moe_layer_step is {step}, expected at least 1"
+    n = of.number("block_count", 1)
+    if of.architecture.startswith("ernie4_5") and not 1 <= step <= n:
+        return f"interleave_moe_layer_step is {step}, expected 1 to block_count, which is {n}"
     return None
 
 
@@ -184,6 +186,18 @@ def _rope(of: Metadata) -> str | None:
 
 def _epsilon(of: Metadata) -> str | None:
     for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+        if not (value := of.real(key, 0.0)) >= 0.0:  # nor NaN
+            return f"{key} is {value}, expected at least 0"
+    return None
+
+
+def _tower(of: Metadata) -> str | None:
+    n, width = of.number("vision.attention.head_count", 1), of.number("vision.embedding_length")
+    if of.architecture != TOWER:
+        return f"general.architecture is {of.architecture!r}, expected {TOWER!r}, that of an mmproj"
+    if n < 1 or width % n:
+        return f"vision.attention.head_count is {n}, expected a divisor of vision.embedding_length, which is {width}"
+    for key in ("vision.attention.layer_norm_epsilon", "vision.projector.norm_epsilon"):
         if not (value := of.real(key, 0.0)) >= 0.0:  # nor NaN
             return f"{key} is {value}, expected at least 0"
     return None
@@ -208,15 +222,16 @@ CHECKS: tuple[Callable[[Metadata], str | None], ...] = (
     _epsilon,
     _vocabulary,
 )
+TOWER_CHECKS = (_tower,)
 
 
-def check(path: str | os.PathLike[str]) -> None:
-    """Check the metadata of a GGUF file.
+def check(path: str | os.PathLike[str], checks: Sequence[Callable[[Metadata], str | None]] = CHECKS) -> None:
+    """Check the metadata of a model's GGUF file, or of an mmproj with `TOWER_CHECKS`.
 
     Raises:
         ValueError: llama.cpp would end the process because of a value; says which and what was expected.
     """
     metadata = Metadata(read(path))
-    for problem in (each(metadata) for each in CHECKS):
+    for problem in (each(metadata) for each in checks):
         if problem:
             raise ValueError(f"{path} cannot be loaded: {problem}; the file is damaged, or not for this llama.cpp")

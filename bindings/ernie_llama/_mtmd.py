@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _library, _structs
+from . import _library, _metadata, _structs
 from ._handle import Handle
 from ._log import LOG
 from ._model import Model
@@ -185,6 +185,7 @@ class Eyes(Handle):
             params.n_threads = threads
         if most_tokens:
             params.image_max_tokens = most_tokens
+        _metadata.check(path, _metadata.TOWER_CHECKS)
         LOG.forget()
         pointer = library.mtmd_init_from_file(str(path).encode(), model.pointer, params)
         if not pointer:

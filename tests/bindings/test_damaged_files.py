@@ -58,7 +58,8 @@ def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401
         ({"expert_used_count": 0}, "expert_used_count is 0, expected 1 to expert_count, which is 8"),
         ({"expert_group_count": 3}, "expert_group_count is 3, expected a divisor of expert_count"),
         ({"expert_group_count": 2}, "expert_group_used_count is 0, expected 1 to 1"),
-        ({"interleave_moe_layer_step": 0}, "interleave_moe_layer_step is 0, expected at least 1"),
+        ({"interleave_moe_layer_step": 0}, "interleave_moe_layer_step is 0, expected 1 to block_count, which is 3"),
+        ({"interleave_moe_layer_step": 4}, "interleave_moe_layer_step is 4, expected 1 to block_count, which is 3"),
         ({"attention.head_count_kv": 3}, "attention.head_count_kv is 3, expected a divisor of attention.head_count"),
         ({"attention.head_count": 1 << 29}, "attention.head_count is 536870912, expected at most 1048576"),
         ({"attention.head_count": 0}, "attention.head_count_kv is 2, expected a divisor"),
@@ -79,6 +80,30 @@ def test_values_that_llama_cpp_asserts_are_checked_before(values: dict[str, Any]
     else:
         with pytest.raises(AssertionError, match=problem):
             raise AssertionError("; ".join(found))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({}, None),
+        ({"general.architecture": b"clap"}, "general.architecture is 'clap', expected 'clip'"),
+        ({"clip.vision.attention.head_count": 0}, "vision.attention.head_count is 0, expected a divisor of"),
+        ({"clip.vision.attention.head_count": 65536}, "vision.attention.head_count is 65536, expected a divisor of"),
+        ({"clip.vision.attention.layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan, expected at least 0"),
+        ({"clip.vision.projector.norm_epsilon": -1.0}, "vision.projector.norm_epsilon is -1.0, expected at least 0"),
+    ],
+)
+def test_values_of_an_mmproj_are_checked_before(values: dict[str, Any], problem: str | None) -> None:
+    known = {
+        "general.architecture": b"clip",
+        "clip.vision.attention.head_count": 16,
+        "clip.vision.embedding_length": 1280,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.projector.norm_epsilon": 1e-5,
+    }
+    (check,) = _metadata.TOWER_CHECKS
+    found = check(_metadata.Metadata(known | values))
+    assert found == problem if problem is None else found is not None and problem in found
 
 
 def test_a_damaged_value_is_named_with_the_file(bf16: str, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_files_that_do_not_belong_together(files: Files, tmp_path: Path) -> None
     write_gguf(job, tmp_path / "text.gguf", 1, False, lambda _: None)
     with pytest.raises(ValueError, match=r"the mmproj is ERNIE-4\.5-VL's, but the model has no vision experts"):
         load(Files(files.checkpoint, tmp_path / "text.gguf", files.eyes))
-    with pytest.raises(ValueError, match="gives this model no eyes"):
+    with pytest.raises(ValueError, match="is 'ernie4_5-moe', expected 'clip', that of an mmproj"):
         load(Files(files.checkpoint, files.model, files.model))
     with pytest.raises(FileNotFoundError, match="no such file"):
         load(Files(files.checkpoint, files.model, tmp_path / "absent.gguf"))
