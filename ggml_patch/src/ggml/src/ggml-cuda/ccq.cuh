@@ -1,4 +1,4 @@
-// ccq2 on CUDA: see ggml-ccq.h for the rows, ccq.cu for the kernels, mmq-load-tiles-ccq.cuh for large batches.
+// ccq2 on CUDA: see ggml-ccq.h for the rows, ccq.cu for the kernels, mmq-ccq.cuh for large batches.
 #pragma once
 
 #include "common.cuh"
