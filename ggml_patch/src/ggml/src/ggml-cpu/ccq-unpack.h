@@ -35,8 +35,8 @@ static inline uint8x16x4_t ccq2_unpack_neon(const uint8_t * codes, uint32x4_t M,
 
 #include <immintrin.h>
 
-// 8 code bytes -> 32 windows
-static inline __m256i ccq2_unpack_avx2(const uint8_t * codes, __m256i M, __m256i Z) {
+// 8 codes, one a lane -> their windows
+static inline __m256i ccq2_windows_avx2(__m256i codes, __m256i M, __m256i Z) {
     // the high half of u, doubled into both halves of its lane, has the windows at bits 10, 7, 4 and 1
     const __m256i high_half_twice =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
@@ -45,11 +45,15 @@ static inline __m256i ccq2_unpack_avx2(const uint8_t * codes, __m256i M, __m256i
     const __m256i even       = _mm256_set1_epi16(0x003f);
     const __m256i odd        = _mm256_set1_epi16(0x3f00);
 
-    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) codes));
-    const __m256i u = _mm256_add_epi32(_mm256_mullo_epi32(b, M), Z);
+    const __m256i u = _mm256_add_epi32(_mm256_mullo_epi32(codes, M), Z);
     const __m256i h = _mm256_shuffle_epi8(u, high_half_twice);
     return _mm256_or_si256(_mm256_and_si256(_mm256_mulhi_epu16(h, shift_even), even),
                            _mm256_and_si256(_mm256_mullo_epi16(h, shift_odd), odd));
+}
+
+// 8 code bytes -> 32 windows
+static inline __m256i ccq2_unpack_avx2(const uint8_t * codes, __m256i M, __m256i Z) {
+    return ccq2_windows_avx2(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) codes)), M, Z);
 }
 
 #endif  // __AVX2__

@@ -1,4 +1,4 @@
-// The kernels of panels.cpp: 16 rows of weights by a few columns of activations.
+// The kernels of panels.cpp: a panel of rows of weights by a few columns of activations.
 #pragma once
 
 #include "ggml.h"
@@ -6,31 +6,46 @@
 #include <stddef.h>
 #include <stdint.h>
 
-static constexpr int PANEL_ROWS    = 16;
+static constexpr int PANEL_STEP    = 256;  // weights of a row that are unpacked at a time
+static constexpr int PANEL_GROUPS  = 8;    // at most, in a step
 static constexpr int PANEL_COLUMNS = 128;  // that share an unpacked panel
 
-// A column of activations: k int8, then for each group of them an offset (int32: what to add for the weights being stored
-// as unsigned bytes), then for each block a scale (float). See panels_quantize.
-struct panel_column {
-    const int8_t *  q;
-    const int32_t * offset;
-    const float *   d;
+// PANEL_STEP activations of a column. A group of weights has an offset (what to add for the weights being stored as
+// unsigned bytes), a block a scale.
+struct panel_activations {
+    int8_t  q[PANEL_STEP];
+    int32_t offset[PANEL_GROUPS];
+    float   d[PANEL_GROUPS];
 };
 
-// How a type is done: the sizes of its groups and blocks of activations, and its kernel.
+// dst[c][r] = row r . column c for nrows rows of k weights, row_size bytes apart, and at most PANEL_COLUMNS columns, whose
+// steps are `stride` apart
+typedef void panel_multiply(int64_t                           k,
+                            const uint8_t *                   rows,
+                            size_t                            row_size,
+                            int64_t                           nrows,
+                            const panel_activations * const * columns,
+                            int64_t                           stride,
+                            float * const *                   dst,
+                            int64_t                           ncols);
+
+// the same for one column
+typedef void panel_alone(int64_t                   k,
+                         const uint8_t *           rows,
+                         size_t                    row_size,
+                         int64_t                   nrows,
+                         const panel_activations * column,
+                         int64_t                   stride,
+                         float *                   dst);
+
+// How a type is done.
 struct panel_type {
-    int group;
-    int block;
-    // quantize n elements, whole blocks, of a column
-    void (*quantize)(const float * x, int8_t * q, int32_t * offset, float * d, int64_t n);
-    // dst[c][r] = row r . column c for nrows rows of k weights, row_size bytes apart, and at most PANEL_COLUMNS columns
-    void (*mul)(int64_t              k,
-                const void *         rows,
-                size_t               row_size,
-                int64_t              nrows,
-                const panel_column * columns,
-                float * const *      dst,
-                int64_t              ncols);
+    int rows;                                                             // of a panel
+    int block;                                                            // weights; k is a multiple of it
+    void (*quantize)(const float * x, panel_activations * y, int64_t n);  // n elements, whole blocks, at most PANEL_STEP
+    panel_multiply * multiply;
+    panel_alone *    alone;          // null where the dot product of ggml serves better
+    int              alone_columns;  // up to so many go one by one: weights come from the cache after the first
 };
 
 // null if this machine has no kernel for the type

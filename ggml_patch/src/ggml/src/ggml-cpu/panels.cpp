@@ -1,8 +1,8 @@
-// Matrix products by panels of 16 rows.
+// Matrix products by panels of rows.
 //
 // The product of a quantized matrix with a few columns is bound by the unpacking of the weights, and ggml's dot products
-// unpack a row anew for each column. Here 16 rows are unpacked together, into the layout that byte dot products want
-// (16 rows by 4 weights, 64 bytes), and multiplied with all columns: MUL_MAT in blocks of rows and columns, MUL_MAT_ID
+// unpack a row anew for each column. Here 16 or 32 rows are unpacked together, into the layout that byte dot products want
+// (rows by 4 weights), and multiplied with all columns: MUL_MAT in blocks of rows and columns, MUL_MAT_ID
 // expert by expert. The results are those of the dot products: exact integer sums per block, added up as floats.
 
 #include "panels.h"
@@ -12,23 +12,17 @@
 
 #include <algorithm>
 
-// Where the activations lie in wdata: k int8 of all columns, then their offsets, then their scales.
+// The activations in wdata: [step][column], so that the columns that meet an unpacked panel lie together.
 struct panel_columns {
-    int8_t *  q;
-    int32_t * offset;
-    float *   d;
-    int64_t   k, groups, blocks;
+    panel_activations * y;
+    int64_t             steps, n;
 
-    panel_columns(void * wdata, const panel_type & type, int64_t k, int64_t n)
-        : k(k), groups(k / type.group), blocks(k / type.block) {
-        q      = (int8_t *) GGML_PAD((uintptr_t) wdata, 64);
-        offset = (int32_t *) (q + GGML_PAD(k * n, 64));
-        d      = (float *) (offset + groups * n);
-    }
+    panel_columns(void * wdata, int64_t k, int64_t n)
+        : y((panel_activations *) GGML_PAD((uintptr_t) wdata, 64)), steps((k + PANEL_STEP - 1) / PANEL_STEP), n(n) {}
 
-    panel_column operator[](int64_t i) const { return { q + i * k, offset + i * groups, d + i * blocks }; }
+    const panel_activations * operator[](int64_t i) const { return y + i; }
 
-    void * end(int64_t n) const { return d + blocks * n; }
+    void * end() const { return y + steps * n; }
 };
 
 static int64_t n_columns(const ggml_tensor * src1) {
@@ -45,8 +39,9 @@ bool ggml_panels_use(const ggml_tensor * dst) {
         return false;
     }
 #endif
-    return type && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src0->ne[0] % type->block == 0 &&
-           src0->nb[0] == ggml_type_size(src0->type) && !src0->extra;
+    const bool alone = n_columns(src1) == 1 || (dst->op == GGML_OP_MUL_MAT_ID && src1->ne[2] == 1);
+    return type && (type->alone || !alone) && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
+           src0->ne[0] % type->block == 0 && src0->nb[0] == ggml_type_size(src0->type) && !src0->extra;
 }
 
 // the rows of src1 that an expert multiplies: slot and token
@@ -69,9 +64,7 @@ struct panel_experts {
 };
 
 size_t ggml_panels_wdata_size(const ggml_tensor * dst) {
-    const panel_type & type = *panels_type(dst->src[0]->type);
-    const int64_t      n    = n_columns(dst->src[1]);
-    size_t             size = (size_t) panel_columns(nullptr, type, dst->src[0]->ne[0], n).end(n) + 64;
+    size_t size = (size_t) panel_columns(nullptr, dst->src[0]->ne[0], n_columns(dst->src[1])).end() + 64;
     if (dst->op == GGML_OP_MUL_MAT_ID) {
         const int64_t n_experts = dst->src[0]->ne[2];
         size += (size_t) (panel_experts(nullptr, n_experts).pairs + ggml_nelements(dst->src[2])) + 64;
@@ -79,25 +72,41 @@ size_t ggml_panels_wdata_size(const ggml_tensor * dst) {
     return size;
 }
 
-// every thread quantizes its part of each row of src1
+// every thread quantizes its part of the steps of all columns
 static void quantize_columns(const ggml_compute_params * params,
                              const ggml_tensor *         src1,
                              const panel_type &          type,
                              const panel_columns &       columns) {
-    const int64_t first = columns.blocks * params->ith / params->nth;
-    const int64_t last  = columns.blocks * (params->ith + 1) / params->nth;
-    if (first == last) {
-        return;
-    }
-    for (int64_t i = 0; i < n_columns(src1); ++i) {
-        const int64_t i1 = i % src1->ne[1];
-        const int64_t i2 = i / src1->ne[1] % src1->ne[2];
-        const int64_t i3 = i / src1->ne[1] / src1->ne[2];
+    const int64_t total = columns.n * columns.steps;
+    const int64_t last  = total * (params->ith + 1) / params->nth;
+    for (int64_t part = total * params->ith / params->nth; part < last; ++part) {
+        const int64_t column = part / columns.steps;
+        const int64_t step   = part % columns.steps;
+        const int64_t i1     = column % src1->ne[1];
+        const int64_t i2     = column / src1->ne[1] % src1->ne[2];
+        const int64_t i3     = column / src1->ne[1] / src1->ne[2];
         const float * row =
             (const float *) ((const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3]);
-        type.quantize(row + first * type.block, columns.q + i * columns.k + first * type.block,
-                      columns.offset + i * columns.groups + first * type.block / type.group,
-                      columns.d + i * columns.blocks + first, (last - first) * type.block);
+        const int64_t k0 = step * PANEL_STEP;
+        type.quantize(row + k0, columns.y + step * columns.n + column, std::min<int64_t>(PANEL_STEP, src1->ne[0] - k0));
+    }
+}
+
+static void multiply(const panel_type &                type,
+                     int64_t                           k,
+                     const uint8_t *                   rows,
+                     size_t                            row_size,
+                     int64_t                           nrows,
+                     const panel_activations * const * columns,
+                     int64_t                           stride,
+                     float * const *                   dst,
+                     int64_t                           ncols) {
+    if (type.alone && ncols <= type.alone_columns) {
+        for (int64_t c = 0; c < ncols; ++c) {
+            type.alone(k, rows, row_size, nrows, columns[c], stride, dst[c]);
+        }
+    } else {
+        type.multiply(k, rows, row_size, nrows, columns, stride, dst, ncols);
     }
 }
 
@@ -107,8 +116,8 @@ static int64_t chunks_of(int64_t n, int64_t size) {
 
 // Rows in a chunk of work: eight chunks for every thread, as threads are not equally fast, but long ones, as each begins
 // with rows that nobody fetched (two threads generate 119 tokens a second with up to 256 rows, 108 with 64).
-static int64_t chunk_rows(int64_t rows, int nth) {
-    return std::clamp<int64_t>(rows / (8 * nth) / PANEL_ROWS * PANEL_ROWS, PANEL_ROWS, 256);
+static int64_t chunk_rows(const panel_type & type, int64_t rows, int nth) {
+    return std::clamp<int64_t>(rows / (8 * nth) / type.rows * type.rows, type.rows, 256);
 }
 
 void ggml_compute_forward_mul_mat_panels(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -120,14 +129,14 @@ void ggml_compute_forward_mul_mat_panels(const ggml_compute_params * params, ggm
     GGML_ASSERT(nb0 == sizeof(float));
 
     const panel_type &  type = *panels_type(src0->type);
-    const panel_columns columns(params->wdata, type, ne00, n_columns(src1));
+    const panel_columns columns(params->wdata, ne00, n_columns(src1));
     quantize_columns(params, src1, type, columns);
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t rows_at_once  = chunk_rows(ne01, params->nth);
+    const int64_t rows_at_once  = chunk_rows(type, ne01, params->nth);
     const int64_t row_chunks    = chunks_of(ne01, rows_at_once);
     const int64_t column_chunks = chunks_of(ne11, PANEL_COLUMNS);
     const int64_t chunks        = row_chunks * column_chunks * ne12 * ne13;
@@ -138,14 +147,15 @@ void ggml_compute_forward_mul_mat_panels(const ggml_compute_params * params, ggm
         const int64_t i3  = chunk / row_chunks / column_chunks / ne12;
         const int64_t n   = std::min<int64_t>(PANEL_COLUMNS, ne11 - i1);
 
-        panel_column column[PANEL_COLUMNS];
-        float *      out[PANEL_COLUMNS];
+        const panel_activations * column[PANEL_COLUMNS];
+        float *                   out[PANEL_COLUMNS];
         for (int64_t c = 0; c < n; ++c) {
             column[c] = columns[(i3 * ne12 + i2) * ne11 + i1 + c];
             out[c]    = (float *) ((char *) dst->data + (i1 + c) * nb1 + i2 * nb2 + i3 * nb3) + row;
         }
-        const char * rows = (const char *) src0->data + row * nb01 + i2 / (ne12 / ne02) * nb02 + i3 / (ne13 / ne03) * nb03;
-        type.mul(ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, out, n);
+        const uint8_t * rows =
+            (const uint8_t *) src0->data + row * nb01 + i2 / (ne12 / ne02) * nb02 + i3 / (ne13 / ne03) * nb03;
+        multiply(type, ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n);
     }
 }
 
@@ -192,9 +202,9 @@ void ggml_compute_forward_mul_mat_id_panels(const ggml_compute_params * params, 
     GGML_ASSERT(nb0 == sizeof(float));
 
     const panel_type &  type = *panels_type(src0->type);
-    const panel_columns columns(params->wdata, type, ne00, n_columns(src1));
-    const panel_experts experts(columns.end(n_columns(src1)), ne02);
-    const int64_t       rows_at_once      = chunk_rows(ne01 * std::min(ne02, ggml_nelements(ids)), params->nth);
+    const panel_columns columns(params->wdata, ne00, n_columns(src1));
+    const panel_experts experts(columns.end(), ne02);
+    const int64_t       rows_at_once      = chunk_rows(type, ne01 * std::min(ne02, ggml_nelements(ids)), params->nth);
     const int64_t       chunks_per_expert = chunks_of(ne01, rows_at_once);
     quantize_columns(params, src1, type, columns);
     if (params->ith == 0) {
@@ -209,18 +219,18 @@ void ggml_compute_forward_mul_mat_id_panels(const ggml_compute_params * params, 
         while (chunk >= experts.first_chunk[expert + 1]) {
             ++expert;
         }
-        const int64_t row  = (chunk - experts.first_chunk[expert]) * rows_at_once;
-        const char *  rows = (const char *) src0->data + expert * nb02 + row * nb01;
+        const int64_t   row  = (chunk - experts.first_chunk[expert]) * rows_at_once;
+        const uint8_t * rows = (const uint8_t *) src0->data + expert * nb02 + row * nb01;
         for (int64_t first = experts.first_pair[expert]; first < experts.first_pair[expert + 1]; first += PANEL_COLUMNS) {
-            const int64_t n = std::min<int64_t>(PANEL_COLUMNS, experts.first_pair[expert + 1] - first);
-            panel_column  column[PANEL_COLUMNS];
-            float *       out[PANEL_COLUMNS];
+            const int64_t             n = std::min<int64_t>(PANEL_COLUMNS, experts.first_pair[expert + 1] - first);
+            const panel_activations * column[PANEL_COLUMNS];
+            float *                   out[PANEL_COLUMNS];
             for (int64_t c = 0; c < n; ++c) {
                 const panel_pair pair = experts.pairs[first + c];
                 column[c]             = columns[pair.token * ne11 + pair.slot % ne11];
                 out[c]                = (float *) ((char *) dst->data + pair.slot * nb1 + pair.token * nb2) + row;
             }
-            type.mul(ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, out, n);
+            multiply(type, ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n);
         }
     }
 }

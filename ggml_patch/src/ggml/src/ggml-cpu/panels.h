@@ -1,4 +1,4 @@
-// Matrix products by panels of 16 rows (panels.cpp), for types that have a kernel for them on this machine.
+// Matrix products by panels of rows (panels.cpp), for types that have a kernel for them on this machine.
 #pragma once
 
 #include "ggml-cpu-impl.h"
