@@ -10,7 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 MAX_SIZE = 1 << 20  # far above any model; products of two sizes stay within 64 bits, and rows within memory
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 TOWER = "clip"  # the architecture of every mmproj
+# What an mmproj of ERNIE-4.5-VL holds (docs/formats.md): of each block, and once. llama.cpp takes any as optional.
+TOWER_BLOCK = ("ln1", "attn_qkv", "attn_out", "ln2", "ffn_up", "ffn_down")
+TOWER_ONCE = ("v.post_ln", *(f"mm.{way}.{part}" for way in ("spatial", "temporal") for part in ("fc1", "fc2", "norm")))
 SIZES = (
     "embedding_length",
     "feed_forward_length",
@@ -71,26 +75,36 @@ class _Reader:
         return struct.unpack_from(f"<{n}{code}", self._data, self._at - size)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a GGUF file by key: numbers, bytes, or sequences of them; as far as it can be read."""
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], set[str]]:
+    """The metadata of a GGUF file by key (numbers, bytes, or sequences of them) and the names of its tensors.
+
+    Both as far as they can be read.
+    """
     values: dict[str, Any] = {}
+    tensors: set[str] = set()
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data)
         try:
-            _magic, _version, _n_tensors, n_values = (reader.number(code) for code in "IIQQ")
+            _magic, _version, n_tensors, n_values = (reader.number(code) for code in "IIQQ")
             for _ in range(n_values):
                 key = reader.text().decode(errors="replace")
                 values[key] = reader.value(reader.number("I"))
+            for _ in range(n_tensors):
+                tensors.add(reader.text().decode(errors="replace"))
+                for _dimension in range(reader.number("I")):
+                    reader.number("Q")
+                reader.number("I"), reader.number("Q")  # type, offset
         except (struct.error, IndexError, KeyError, MemoryError, OverflowError):
             pass  # llama.cpp refuses the file, with its own reason
-    return values
+    return values, tensors
 
 
 class Metadata:
     """The values that checks need. Those of a type that llama.cpp refuses count as absent."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], tensors: Collection[str] = ()) -> None:
         self._values = values
+        self.tensors = tensors
         architecture = values.get("general.architecture", b"")
         self.architecture = architecture.decode(errors="replace") if isinstance(architecture, bytes) else ""
 
@@ -203,6 +217,16 @@ def _tower(of: Metadata) -> str | None:
     return None
 
 
+def _tower_tensors(of: Metadata) -> str | None:
+    if of.text("projector_type", "") != "ernie4_5vl":
+        return None
+    blocks = (f"v.blk.{i}.{part}" for i in range(of.number("vision.block_count")) for part in TOWER_BLOCK)
+    both = (f"{name}.{kind}" for name in chain(TOWER_ONCE, blocks) for kind in ("weight", "bias"))
+    single = ("v.patch_embd.weight", "mm.model.fc.weight", "mm.model.fc.bias", "mm.post_norm.weight")
+    missing = next((name for name in chain(single, both) if name not in of.tensors), None)
+    return None if missing is None else f"it holds no tensor {missing}"
+
+
 def _vocabulary(of: Metadata) -> str | None:
     tokens = of.tokens()
     if len(set(tokens)) == len(tokens):
@@ -222,16 +246,16 @@ CHECKS: tuple[Callable[[Metadata], str | None], ...] = (
     _epsilon,
     _vocabulary,
 )
-TOWER_CHECKS = (_tower,)
+TOWER_CHECKS = (_tower, _tower_tensors)
 
 
 def check(path: str | os.PathLike[str], checks: Sequence[Callable[[Metadata], str | None]] = CHECKS) -> None:
     """Check the metadata of a model's GGUF file, or of an mmproj with `TOWER_CHECKS`.
 
     Raises:
-        ValueError: llama.cpp would end the process because of a value; says which and what was expected.
+        ValueError: llama.cpp would end the process because of a value or a missing tensor; says which and what was expected.
     """
-    metadata = Metadata(read(path))
+    metadata = Metadata(*read(path))
     for problem in (each(metadata) for each in checks):
         if problem:
             raise ValueError(f"{path} cannot be loaded: {problem}; the file is damaged, or not for this llama.cpp")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from typing import Any
 
 import gguf
 import pytest
+from ernie_gguf.convert import prepare, write_gguf
+from ernie_gguf.gguf_file.outtype import Outtype
+from ernie_gguf.plan import choose
 from ernie_llama import Llama, _metadata
 
 pytestmark = pytest.mark.build
 
 ARCHITECTURE = "ernie4_5-moe"
+VL_TINY = Path(__file__).parents[2] / "examples" / "ernie-vl-tiny"
 
 
 def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401
@@ -101,9 +106,31 @@ def test_values_of_an_mmproj_are_checked_before(values: dict[str, Any], problem:
         "clip.vision.attention.layer_norm_epsilon": 1e-6,
         "clip.vision.projector.norm_epsilon": 1e-5,
     }
-    (check,) = _metadata.TOWER_CHECKS
-    found = check(_metadata.Metadata(known | values))
+    found = _metadata._tower(_metadata.Metadata(known | values))
     assert found == problem if problem is None else found is not None and problem in found
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The mmproj of the example that reads pictures."""
+    folder = tmp_path_factory.mktemp("eyes")
+    job = prepare(VL_TINY, Outtype.BF16, choices=choose())
+    write_gguf(job, folder / "model.gguf", 1, False, lambda _: None, mmproj=folder / "eyes.gguf")
+    return (folder / "eyes.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["v.blk.1.ln2.bias", "v.patch_embd.weight", "mm.temporal.norm.weight", "mm.model.fc.bias"]
+)
+def test_a_tensor_that_an_mmproj_lacks_is_named(eyes: bytes, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "eyes.gguf"
+    path.write_bytes(eyes)
+    _metadata.check(path, _metadata.TOWER_CHECKS)
+    path.write_bytes(eyes.replace(name.encode(), name.replace("m", "n").replace("v.", "w.").encode()))
+    with pytest.raises(
+        ValueError, match=f"eyes.gguf cannot be loaded: it holds no tensor {re.escape(name)}; the file is"
+    ):
+        _metadata.check(path, _metadata.TOWER_CHECKS)
 
 
 def test_a_damaged_value_is_named_with_the_file(bf16: str, tmp_path: Path) -> None:
