@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,13 @@ class _Reader:
         return struct.unpack_from(f"<{n}{code}", self._data, self._at - size)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], set[str]]:
-    """The metadata of a GGUF file by key (numbers, bytes, or sequences of them) and the names of its tensors.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The metadata of a GGUF file by key (numbers, bytes, or sequences of them) and the shapes of its tensors by name.
 
     Both as far as they can be read.
     """
     values: dict[str, Any] = {}
-    tensors: set[str] = set()
+    tensors: dict[str, tuple[int, ...]] = {}
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data)
         try:
@@ -90,9 +90,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], set[str]]:
                 key = reader.text().decode(errors="replace")
                 values[key] = reader.value(reader.number("I"))
             for _ in range(n_tensors):
-                tensors.add(reader.text().decode(errors="replace"))
-                for _dimension in range(reader.number("I")):
-                    reader.number("Q")
+                name = reader.text().decode(errors="replace")
+                tensors[name] = tuple(reader.number("Q") for _dimension in range(reader.number("I")))
                 reader.number("I"), reader.number("Q")  # type, offset
         except (struct.error, IndexError, KeyError, MemoryError, OverflowError):
             pass  # llama.cpp refuses the file, with its own reason
@@ -102,9 +101,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], set[str]]:
 class Metadata:
     """The values that checks need. Those of a type that llama.cpp refuses count as absent."""
 
-    def __init__(self, values: Mapping[str, Any], tensors: Collection[str] = ()) -> None:
+    def __init__(self, values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self._values = values
-        self.tensors = tensors
+        self.tensors = tensors or {}
         architecture = values.get("general.architecture", b"")
         self.architecture = architecture.decode(errors="replace") if isinstance(architecture, bytes) else ""
 
@@ -224,7 +223,20 @@ def _tower_tensors(of: Metadata) -> str | None:
     both = (f"{name}.{kind}" for name in chain(TOWER_ONCE, blocks) for kind in ("weight", "bias"))
     single = ("v.patch_embd.weight", "mm.model.fc.weight", "mm.model.fc.bias", "mm.post_norm.weight")
     missing = next((name for name in chain(single, both) if name not in of.tensors), None)
-    return None if missing is None else f"it holds no tensor {missing}"
+    if missing is not None:
+        return f"it holds no tensor {missing}"
+    width = of.number("vision.embedding_length")
+    merged = width * of.number("vision.spatial_merge_size") ** 2
+    sizes = (
+        ("vision.patch_size", "v.patch_embd.weight", of.number("vision.patch_size")),
+        ("vision.embedding_length", "v.post_ln.weight", width),
+        ("vision.spatial_merge_size", "mm.spatial.fc1.weight", merged),
+        ("vision.projection_dim", "mm.post_norm.weight", of.number("vision.projection_dim")),
+    )
+    for key, name, size in sizes:
+        if of.tensors[name][:1] != (size,):
+            return f"{key} asks for a {name} of {size}, found {of.tensors[name]}"
+    return None
 
 
 def _vocabulary(of: Metadata) -> str | None:

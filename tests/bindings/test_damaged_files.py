@@ -133,6 +133,19 @@ def test_a_tensor_that_an_mmproj_lacks_is_named(eyes: bytes, name: str, tmp_path
         _metadata.check(path, _metadata.TOWER_CHECKS)
 
 
+@pytest.mark.parametrize("key", ["patch_size", "embedding_length", "spatial_merge_size", "projection_dim"])
+def test_sizes_of_an_mmproj_are_those_of_its_tensors(eyes: bytes, key: str, tmp_path: Path) -> None:
+    path, name = tmp_path / "eyes.gguf", f"clip.vision.{key}".encode()
+    damaged = bytearray(eyes)
+    value = damaged.index(name) + len(name) + 4  # behind the type
+    damaged[value : value + 4] = (1 << 12).to_bytes(4, "little")
+    path.write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=f"eyes.gguf cannot be loaded: vision.{key} asks for a .* of .*, found .*; the"
+    ):
+        _metadata.check(path, _metadata.TOWER_CHECKS)
+
+
 def test_a_damaged_value_is_named_with_the_file(bf16: str, tmp_path: Path) -> None:
     damaged = bytearray(Path(bf16).read_bytes())
     field = gguf.GGUFReader(bf16).fields[f"{ARCHITECTURE}.expert_count"]
