@@ -265,7 +265,8 @@ def check(path: str | os.PathLike[str], checks: Sequence[Callable[[Metadata], st
     """Check the metadata of a model's GGUF file, or of an mmproj with `TOWER_CHECKS`.
 
     Raises:
-        ValueError: llama.cpp would end the process because of a value or a missing tensor; says which and what was expected.
+        ValueError: llama.cpp would end the process because of a value or a missing tensor; says which and
+            what was expected.
     """
     metadata = Metadata(*read(path))
     for problem in (each(metadata) for each in checks):
