@@ -114,7 +114,7 @@ class _MemoryWatch(threading.Thread):
         while not self.done.wait(POLL_SECONDS):
             rss, anonymous = 0, 0
             for pid in _descendants(self.pid):
-                status = _memory(pid)
+                status = process_memory(pid)
                 rss += status.get("VmRSS", 0)
                 anonymous += status.get("RssAnon", 0)
             self.peak_rss = max(self.peak_rss, rss)
@@ -132,13 +132,19 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _memory(pid: int) -> dict[str, int]:
+def process_memory(pid: int) -> dict[str, int]:
     """The fields of /proc/PID/status that are given in kB, in bytes; nothing for a process that has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def nvidia_smi(field: str) -> list[str]:
+    """A field of each GPU, without its unit. Raises OSError or CalledProcessError where nvidia-smi does not run."""
+    command = ("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def leave(command: Sequence[str | Path], code: int, output: str) -> NoReturn:

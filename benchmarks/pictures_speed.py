@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPOSITORY, add_folder, add_rounds, add_threads, benchmark_parser, machine, positive, report
+from common import (
+    REPOSITORY,
+    add_folder,
+    add_rounds,
+    add_threads,
+    benchmark_parser,
+    machine,
+    nvidia_smi,
+    positive,
+    process_memory,
+    report,
+)
 from ernie_gguf.checkpoint.config import ErnieConfig, parse_config
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.expected import Expected, model_tensors, projector_tensors
@@ -190,11 +201,10 @@ def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
 
 
 def memory(gpu: bool) -> float:
-    """MB in use: of the GPU, or of this process without the pages of mapped files."""
+    """MB in use: of the first GPU, or of this process without the pages of mapped files."""
     if gpu:
-        return float(nvidia_smi("memory.used")) * 2**20 / 1e6
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+        return float(nvidia_smi("memory.used")[0]) * 2**20 / 1e6
+    return process_memory(os.getpid())["RssAnon"] / 1e6
 
 
 def work_memory(calls: Iterable[Callable[[], object]], gpu: bool) -> list[int]:
@@ -204,12 +214,6 @@ def work_memory(calls: Iterable[Callable[[], object]], gpu: bool) -> list[int]:
         call()
         out.append(round(memory(gpu) - before))
     return out
-
-
-def nvidia_smi(field: str) -> str:
-    """Of the first GPU."""
-    command = ("nvidia-smi", "-i", "0", f"--query-gpu={field}", "--format=csv,noheader,nounits")
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def finish(llm: Llama) -> None:
@@ -273,7 +277,7 @@ def main() -> None:
         options.files.mkdir(exist_ok=True)
     with nullcontext(options.files) if options.files else tempfile.TemporaryDirectory(dir=options.folder) as name:
         found = measure(make_files(Path(name), options.blocks), options)
-    gpu = nvidia_smi("name") if options.device == "cuda" else ""
+    gpu = nvidia_smi("name")[0] if options.device == "cuda" else ""
     results = {"machine": machine(gpu), "blocks": options.blocks, "threads": options.threads, **found}
     where = "" if gpu else f", {options.threads} threads"
     columns = ("side", "tokens", "tower ms", "Qwen2-VL's ms", "ratio", f"in {LAYERS} layers ms", "MB", "Qwen2-VL's MB")

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import add_folder, add_llama_cpp, benchmark_parser, llama_bench, machine, positive, report
+from common import add_folder, add_llama_cpp, benchmark_parser, llama_bench, machine, nvidia_smi, positive, report
 from released import SHAPES
 from rich.table import Table
 from synthetic import TYPES, Mix, as_shipped, bytes_per_token, write_model
@@ -60,13 +60,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Until told to stop."""
-        query = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
         while not self.done.wait(0.5):
             try:
-                text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+                now = [int(line) for line in nvidia_smi("memory.used")]
             except (OSError, subprocess.CalledProcessError):
                 return
-            now = [int(line) for line in text.split()]
             self.peak = [max(pair) for pair in zip(now, self.peak or now, strict=True)]
 
 

@@ -26,7 +26,12 @@ ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 TOWER = "clip"  # the architecture of every mmproj
 # What an mmproj of ERNIE-4.5-VL holds (docs/formats.md): of each block, and once. llama.cpp takes any as optional.
 TOWER_BLOCK = ("ln1", "attn_qkv", "attn_out", "ln2", "ffn_up", "ffn_down")
-TOWER_ONCE = ("v.post_ln", *(f"mm.{way}.{part}" for way in ("spatial", "temporal") for part in ("fc1", "fc2", "norm")))
+TOWER_ONCE = (
+    "v.post_ln",
+    "mm.model.fc",
+    *(f"mm.{way}.{part}" for way in ("spatial", "temporal") for part in ("fc1", "fc2", "norm")),
+)
+TOWER_WEIGHTS = ("v.patch_embd.weight", "mm.post_norm.weight")  # that have no bias
 SIZES = (
     "embedding_length",
     "feed_forward_length",
@@ -221,8 +226,7 @@ def _tower_tensors(of: Metadata) -> str | None:
         return None
     blocks = (f"v.blk.{i}.{part}" for i in range(of.number("vision.block_count")) for part in TOWER_BLOCK)
     both = (f"{name}.{kind}" for name in chain(TOWER_ONCE, blocks) for kind in ("weight", "bias"))
-    single = ("v.patch_embd.weight", "mm.model.fc.weight", "mm.model.fc.bias", "mm.post_norm.weight")
-    missing = next((name for name in chain(single, both) if name not in of.tensors), None)
+    missing = next((name for name in chain(TOWER_WEIGHTS, both) if name not in of.tensors), None)
     if missing is not None:
         return f"it holds no tensor {missing}"
     width = of.number("vision.embedding_length")

@@ -20,11 +20,11 @@ from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.plan import choose
 from ernie_llama import Llama, _metadata
+from reference.specimens import VL_TINY
 
 pytestmark = pytest.mark.build
 
 ARCHITECTURE = "ernie4_5-moe"
-VL_TINY = Path(__file__).parents[2] / "examples" / "ernie-vl-tiny"
 
 
 def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
+from reference.specimens import VL_TINY
 from support.servers import free_port, running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'ernie-gguf[browser]'")
@@ -23,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
 ]
 SECONDS = 120_000  # in milliseconds: how long a slow machine may take
-VL_TINY = Path(__file__).resolve().parents[2] / "examples" / "ernie-vl-tiny"
 # A template whose answers begin with reasoning, and a grammar with which any model reasons and then answers.
 THINKS = """\
 {%- for message in messages %}

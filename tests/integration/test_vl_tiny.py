@@ -12,12 +12,12 @@ import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_llama import Llama
+from reference.specimens import VL_TINY
 
 from integration.test_picture_server import messages, serving
 
 pytestmark = [pytest.mark.build, pytest.mark.usefixtures("built_library")]
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ernie-vl-tiny"
 READ, COLOR, FIRST, SECOND = (
     "What is written here?",
     "What color is the text?",
@@ -28,8 +28,8 @@ LEAST = dict.fromkeys((READ, COLOR, FIRST, SECOND), 20)  # of twenty, right
 LEAST_CCQ2 = 19  # measured: 20
 # What transformers answers in float32, by question and the names of its pictures. A name is number-text-color; training
 # has seen none of the texts.
-ANSWERS: dict[str, dict[str, str]] = json.loads((EXAMPLE / "read.json").read_text())
-PICTURES = {path.stem: path.read_bytes() for path in sorted((EXAMPLE / "pictures").glob("*.png"))}
+ANSWERS: dict[str, dict[str, str]] = json.loads((VL_TINY / "read.json").read_text())
+PICTURES = {path.stem: path.read_bytes() for path in sorted((VL_TINY / "pictures").glob("*.png"))}
 ASKED = [(question, names) for question, answers in ANSWERS.items() for names in answers]
 Answers = dict[tuple[str, str], str]
 
@@ -56,7 +56,7 @@ def content(question: str, names: str) -> list[str | bytes]:
 
 def files(folder: Path, outtype: Outtype) -> tuple[Path, Path]:
     model, eyes = folder / f"{outtype.value}.gguf", folder / f"{outtype.value}-eyes.gguf"
-    write_gguf(prepare(EXAMPLE, outtype), model, 1, False, lambda _: None, mmproj=eyes)
+    write_gguf(prepare(VL_TINY, outtype), model, 1, False, lambda _: None, mmproj=eyes)
     return model, eyes
 
 
@@ -145,10 +145,10 @@ def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """read.json is what transformers answers today."""
     pytest.importorskip("transformers")
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.syspath_prepend(EXAMPLE.with_name("train_vl_tiny"))
+    monkeypatch.syspath_prepend(VL_TINY.with_name("train_vl_tiny"))
     vl_tiny = pytest.importorskip("vl_tiny_model")
-    model = vl_tiny.load(EXAMPLE).eval()
-    tokenizer = vl_tiny.Tokenizer((EXAMPLE / "tokenizer.model").read_bytes())
+    model = vl_tiny.load(VL_TINY).eval()
+    tokenizer = vl_tiny.Tokenizer((VL_TINY / "tokenizer.model").read_bytes())
     for question, names in ASKED[::8]:
         parts = [image.open(BytesIO(PICTURES[name])) for name in names.split()]
         assert vl_tiny.answer(model, tokenizer, *parts, question) == ANSWERS[question][names]
@@ -158,9 +158,9 @@ def test_training_sees_the_pictures_that_pillow_draws(monkeypatch: pytest.Monkey
     """The training puts pictures together by itself; the same choices make the same pixels."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(EXAMPLE.with_name("train_vl_tiny"))
+    monkeypatch.syspath_prepend(VL_TINY.with_name("train_vl_tiny"))
     batches, pictures = pytest.importorskip("vl_tiny_batches"), pytest.importorskip("vl_tiny_pictures")
-    drawer = batches.Drawer(pictures.Tokenizer((EXAMPLE / "tokenizer.model").read_bytes()), "cpu")
+    drawer = batches.Drawer(pictures.Tokenizer((VL_TINY / "tokenizer.model").read_bytes()), "cpu")
 
     class First:
         """Takes the first of all choices, as do the random numbers below."""

@@ -22,6 +22,7 @@ from released import TOKENIZER, copy_tokenizer
 from support.checkpoints import Stored, to_bf16, write_safetensors
 
 TINY = TOKENIZER  # examples/ernie-tiny
+VL_TINY = TINY.with_name("ernie-vl-tiny")
 MINI = Path(os.environ["ERNIE_MINI"]) if os.environ.get("ERNIE_MINI") else None  # not shipped: 60 MB
 
 VOCAB = 4096  # ernie-tiny's tokenizer
