@@ -79,15 +79,15 @@ static void multiply_alone_ccq2(int64_t                   k,
                 ivec codes[4];
                 load_transposed(panel.x.row, sizeof(ccq_row_header) + step * CCQ2_CODE_SIZE + g * panel_ccq2::QUADS, codes);
                 // two sums: the latency of the product is four times what it occupies
-                ivec sum[2] = { iset(y[step * stride].offset[g]), iset(0) };
+                ivec two[2] = { iset(y[step * stride].offset[g]), iset(0) };
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; ++i) {
                     int32_t four;
                     memcpy(&four, y[step * stride].q + g * CCQ_GROUP + 4 * i, sizeof(four));
-                    sum[i % 2] =
-                        _mm512_dpbusd_epi32(sum[i % 2], ccq2_windows(codes[i / 4], i % 4, panel.M[0], panel.Z[0]), iset(four));
+                    two[i % 2] =
+                        _mm512_dpbusd_epi32(two[i % 2], ccq2_windows(codes[i / 4], i % 4, panel.M[0], panel.Z[0]), iset(four));
                 }
-                total = fmadd(to_float(_mm512_add_epi32(sum[0], sum[1])), panel.scale[g][0], total);
+                total = fmadd(to_float(_mm512_add_epi32(two[0], two[1])), panel.scale[g][0], total);
                 fetch(ahead + (step * panel_ccq2::GROUPS + g) * part, part);
             }
             sum = fmadd(total, fset(y[step * stride].d[0]), sum);

@@ -63,10 +63,6 @@ static inline ivec bits(ivec x, int at, int n) {
     return at + n == 32 ? low : _mm256_and_si256(low, _mm256_set1_epi32((1 << n) - 1));
 }
 
-static inline void prefetch(const void * x) {
-    _mm_prefetch((const char *) x, _MM_HINT_T0);
-}
-
 // 16 bytes of each row: vector i holds bytes 4i ... 4i+3
 static inline void load_transposed(const uint8_t * const * row, size_t offset, ivec (&out)[4]) {
     __m256i x[4];

@@ -56,10 +56,6 @@ static inline ivec bits(ivec x, int at, int n) {
     return at + n == 32 ? low : _mm512_and_si512(low, _mm512_set1_epi32((1 << n) - 1));
 }
 
-static inline void prefetch(const void * x) {
-    _mm_prefetch((const char *) x, _MM_HINT_T0);
-}
-
 // 16 bytes of each row: vector i holds bytes 4i ... 4i+3
 static inline void load_transposed(const uint8_t * const * row, size_t offset, ivec (&out)[4]) {
     __m512i x[4];
@@ -104,7 +100,7 @@ static inline ivec ccq2_windows(ivec codes, int i, ivec M, ivec Z) {
     const __m512i at = _mm512_set1_epi64(0x3134373a1114171a);
     return _mm512_and_si512(_mm512_maskz_multishift_epi64_epi8(UINT64_MAX, at, u), _mm512_set1_epi8(63));
 #else
-    // as ccq2_unpack_avx2 does it
+    // as ccq2_windows_avx2 does it
     const __m512i twice =
         _mm512_maskz_broadcast_i32x4(0xffff, _mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
     const __m512i h    = _mm512_shuffle_epi8(u, twice);
