@@ -1,5 +1,5 @@
-// Kernels of the panels, of 32 rows with AVX-512 and of 16 with AVX2; what depends on the vectors is in
-// panels-avx512.h and panels-avx2.h. There
+// Kernels of the panels, of 32 rows with AVX-512 and of 16 with AVX2 and NEON; what depends on the vectors is in
+// panels-avx512.h, panels-avx2.h and panels-neon.h. There
 //
 //   ivec, fvec       hold an int32 (or four bytes), or a float, of each of LANES rows; VECTORS of them make a panel
 //   COLUMNS          is how many columns are multiplied at a time: as the registers allow
@@ -29,6 +29,9 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "panels-avx2.h"
 #define PANELS
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#include "panels-neon.h"
+#define PANELS
 #endif
 
 #if defined(PANELS)
@@ -50,7 +53,7 @@ struct panel_rows {
 // are used, they come more slowly (ccq2 20 GB/s instead of 22; 10 without).
 static inline void fetch(const uint8_t * weights, size_t size) {
     for (size_t line = 0; line < size; line += 64) {
-        _mm_prefetch((const char *) weights + line, _MM_HINT_T0);
+        __builtin_prefetch(weights + line);
     }
 }
 
