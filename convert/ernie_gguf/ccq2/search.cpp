@@ -22,6 +22,31 @@ struct code_map {
     uint32_t m, z;
 };
 
+// One group of columns of `n` rows, and what it is encoded with: kernels_cpu.py fills it in.
+struct ccq_rows {
+    int64_t          n, stride;
+    const float *    w;       // by columns: the weights
+    const float *    d;       // [n] super scales
+    const int32_t *  member;  // [n/16] the code map of each block of rows
+    const code_map * maps;
+    const float *    tables;  // for each code map: [16][256][5], see ENTRY
+    const float *    metric;  // [16][4][4] the metric's root for each code byte
+    uint8_t *        codes;   // by columns
+    uint8_t *        scales;  // [n]
+    float *          e;       // by columns: errors of the weights
+    float *          cost;    // [n]
+
+    INLINE ccq_rows from(int64_t i) const {
+        ccq_rows rest = *this;
+        rest.w += i, rest.d += i, rest.codes += i, rest.scales += i, rest.e += i, rest.cost += i;
+        return rest;
+    }
+
+    INLINE code_map map_of(int64_t i) const { return maps[member[i / ROWS]]; }
+
+    INLINE const float * table_of(int64_t i) const { return tables + (int64_t) member[i / ROWS] * QUADS * 256 * ENTRY; }
+};
+
 template <int LANES> struct vectors;
 
 #define VECTORS(LANES)                                                   \
@@ -110,114 +135,112 @@ template <int LANES> struct kernels {
         }
     }
 
-    static INLINE void feedback_lanes(int64_t       stride,
-                                      const float * w,
-                                      const float * t,
-                                      const float * super_scales,
-                                      const float * metric,
-                                      const float * feed,
-                                      code_map      map,
-                                      const float * table,
-                                      uint8_t *     codes,
-                                      uint8_t *     scales,
-                                      float *       e,
-                                      float *       cost) {
-        const vfloat d = load(super_scales, 0, 0);
-        vfloat       target[STEPS][GROUP], error[STEPS][GROUP], total[STEPS], scale[STEPS];
-        vint         code[STEPS][QUADS];
-        vfloat       square = { 0 };
+    // y = what times_4x4 gives, in units of the scale: what `nearest` compares with codewords.
+    static INLINE void in_units(const vfloat x[4], const float * metric, vfloat d, vfloat scale, vfloat y[4]) {
+        times_4x4(x, metric, y);
+        const vfloat unit = 1.0f / (d * clamp(scale, 1, 15));
+        for (int j = 0; j < 4; j++) {
+            y[j] *= unit;
+        }
+    }
+
+    // A group encoded with one of the scales that are tried.
+    struct trial {
+        vfloat target[GROUP], error[GROUP], total, scale;
+        vint   code[QUADS];
+    };
+
+    static INLINE void begin_trials(const ccq_rows & rows, const float * target, trial * trials) {
+        const vfloat d      = load(rows.d, 0, 0);
+        vfloat       square = { 0 }, rms;
         for (int i = 0; i < GROUP; i++) {
-            const vfloat x = load(t, stride, i);
+            const vfloat x = load(target, rows.stride, i);
             square += x * x;
             for (int s = 0; s < STEPS; s++) {
-                target[s][i] = x;
+                trials[s].target[i] = x;
             }
         }
-        vfloat rms;
         for (int lane = 0; lane < LANES; lane++) {
             rms[lane] = sqrtf(square[lane] / GROUP);
         }
         const vfloat guess = round_even(clamp(rms / (BOOK_RMS * d), 0, 100));
         for (int s = 0; s < STEPS; s++) {
-            scale[s] = clamp(guess + (float) (s - STEPS / 2), 0, 15);
-            total[s] = (vfloat) { 0 };
+            trials[s].scale = clamp(guess + (float) (s - STEPS / 2), 0, 15);
+            trials[s].total = (vfloat) { 0 };
         }
-        for (int q = 0; q < QUADS; q++) {
-            vfloat y[STEPS][4];
-            for (int s = 0; s < STEPS; s++) {
-                times_4x4(&target[s][4 * q], metric + 16 * q, y[s]);
-                const vfloat unit = 1.0f / (d * clamp(scale[s], 1, 15));
-                for (int j = 0; j < 4; j++) {
-                    y[s][j] *= unit;
-                }
-            }
-            vint   best[STEPS];
-            vfloat top[STEPS];
-            nearest(table + 256 * ENTRY * q, STEPS, y, best, top);
-            for (int s = 0; s < STEPS; s++) {
-                vfloat v[4], rest[4], seen[4];
-                code[s][q] = best[s];
-                decode(best[s], map, v);
-                const vfloat step = d * scale[s];
-                for (int j = 0; j < 4; j++) {
-                    error[s][4 * q + j] = load(w, stride, 4 * q + j) - step * v[j];
-                    rest[j]             = target[s][4 * q + j] - step * v[j];
-                }
-                times_4x4(rest, metric + 16 * q, seen);
-                total[s] += seen[0] * seen[0] + seen[1] * seen[1] + seen[2] * seen[2] + seen[3] * seen[3];
-                for (int j = 0; j < 4; j++) {
-                    const vfloat x = error[s][4 * q + j];
-                    for (int i = 4 * q + 4; i < GROUP; i++) {
-                        target[s][i] += x * feed[GROUP * (4 * q + j) + i];
-                    }
-                }
+    }
+
+    // Take byte q as encoded by `best`, and feed its errors into the rest of the group.
+    static INLINE void feed_byte(const ccq_rows & rows, const float * feed, code_map map, int q, vint best, trial * x) {
+        vfloat v[4], rest[4], seen[4];
+        x->code[q] = best;
+        decode(best, map, v);
+        const vfloat step = load(rows.d, 0, 0) * x->scale;
+        for (int j = 0; j < 4; j++) {
+            x->error[4 * q + j] = load(rows.w, rows.stride, 4 * q + j) - step * v[j];
+            rest[j]             = x->target[4 * q + j] - step * v[j];
+        }
+        times_4x4(rest, rows.metric + 16 * q, seen);
+        x->total += seen[0] * seen[0] + seen[1] * seen[1] + seen[2] * seen[2] + seen[3] * seen[3];
+        for (int j = 0; j < 4; j++) {
+            for (int i = 4 * q + 4; i < GROUP; i++) {
+                x->target[i] += x->error[4 * q + j] * feed[GROUP * (4 * q + j) + i];
             }
         }
-        vfloat least = total[0], chosen = scale[0];
+    }
+
+    static INLINE void store_best(const ccq_rows & rows, const trial * trials) {
+        vfloat least = trials[0].total, scale = trials[0].scale;
         vint   which = { 0 };
         for (int s = 1; s < STEPS; s++) {
-            const vint better = total[s] < least;
-            least             = better ? total[s] : least;
-            chosen            = better ? scale[s] : chosen;
+            const vint better = trials[s].total < least;
+            least             = better ? trials[s].total : least;
+            scale             = better ? trials[s].scale : scale;
             which             = better ? s - (vint) { 0 } : which;
         }
         for (int i = 0; i < GROUP; i++) {
-            vfloat x = error[0][i];
+            vfloat x = trials[0].error[i];
             for (int s = 1; s < STEPS; s++) {
-                x = which == s ? error[s][i] : x;
+                x = which == s ? trials[s].error[i] : x;
             }
-            store(e, stride, i, x);
+            store(rows.e, rows.stride, i, x);
         }
         for (int q = 0; q < QUADS; q++) {
-            vint x = code[0][q];
+            vint x = trials[0].code[q];
             for (int s = 1; s < STEPS; s++) {
-                x = which == s ? code[s][q] : x;
+                x = which == s ? trials[s].code[q] : x;
             }
-            store_bytes(codes + q * stride, x);
+            store_bytes(rows.codes + q * rows.stride, x);
         }
-        store_bytes(scales, __builtin_convertvector(chosen, vint));
-        *(vfloat *) cost += least;
+        store_bytes(rows.scales, __builtin_convertvector(scale, vint));
+        *(vfloat *) rows.cost += least;
     }
 
-    static INLINE void feedback_group(int64_t          n,
-                                      int64_t          stride,
-                                      const uint32_t * maps,
-                                      const float *    w,
-                                      const float *    t,
-                                      const float *    d,
-                                      const float *    metric,
+    static INLINE void feedback_lanes(const ccq_rows & rows,
+                                      const float *    target,
                                       const float *    feed,
-                                      const float *    tables,
-                                      const int32_t *  member,
-                                      uint8_t *        codes,
-                                      uint8_t *        scales,
-                                      float *          e,
-                                      float *          cost) {
-        for (int64_t i = 0; i < n; i += LANES) {
-            const int32_t  p   = member[i / ROWS];
-            const code_map map = { maps[2 * p], maps[2 * p + 1] };
-            feedback_lanes(stride, w + i, t + i, d + i, metric, feed, map, tables + (int64_t) p * QUADS * 256 * ENTRY,
-                           codes + i, scales + i, e + i, cost + i);
+                                      code_map         map,
+                                      const float *    table) {
+        const vfloat d = load(rows.d, 0, 0);
+        trial        trials[STEPS];
+        begin_trials(rows, target, trials);
+        for (int q = 0; q < QUADS; q++) {
+            vfloat y[STEPS][4], top[STEPS];
+            vint   best[STEPS];
+            for (int s = 0; s < STEPS; s++) {
+                in_units(&trials[s].target[4 * q], rows.metric + 16 * q, d, trials[s].scale, y[s]);
+            }
+            nearest(table + 256 * ENTRY * q, STEPS, y, best, top);
+            for (int s = 0; s < STEPS; s++) {
+                feed_byte(rows, feed, map, q, best[s], &trials[s]);
+            }
+        }
+        store_best(rows, trials);
+    }
+
+    static INLINE void feedback_group(const ccq_rows & rows, const float * target, const float * feed) {
+        for (int64_t i = 0; i < rows.n; i += LANES) {
+            feedback_lanes(rows.from(i), target + i, feed, rows.map_of(i), rows.table_of(i));
         }
     }
 
@@ -252,112 +275,107 @@ template <int LANES> struct kernels {
         x->scale = scale;
     }
 
-    static INLINE void descend_lanes(int           blocks,
-                                     int64_t       stride,
-                                     const float * w,
-                                     const float * d,
-                                     const float * h,
-                                     const float * inverse,
-                                     const float * metric,
-                                     code_map      map,
-                                     const float * table,
-                                     const float * p,
-                                     uint8_t *     codes,
-                                     uint8_t *     scales,
-                                     float *       e,
-                                     float *       cost) {
-        descent x[BLOCKS];
-        for (int b = 0; b < blocks; b++) {
-            x[b].d     = *(const vfloat *) (d + LANES * b);
-            x[b].cost  = *(const vfloat *) (cost + LANES * b);
-            x[b].scale = __builtin_convertvector(load_bytes(scales + LANES * b), vfloat);
-            for (int i = 0; i < GROUP; i++) {
-                x[b].e[i] = load(e + LANES * b, stride, i);
-                x[b].p[i] = load(p + LANES * b, stride, i);
-            }
-            for (int q = 0; q < QUADS; q++) {
-                x[b].code[q] = load_bytes(codes + q * stride + LANES * b);
-                decode(x[b].code[q], map, &x[b].v[4 * q]);
-            }
-            descend_scale(&x[b], h);
+    static INLINE void load_descent(const ccq_rows & rows, const float * eh, code_map map, descent * x) {
+        x->d     = load(rows.d, 0, 0);
+        x->cost  = load(rows.cost, 0, 0);
+        x->scale = __builtin_convertvector(load_bytes(rows.scales), vfloat);
+        for (int i = 0; i < GROUP; i++) {
+            x->e[i] = load(rows.e, rows.stride, i);
+            x->p[i] = load(eh, rows.stride, i);
         }
         for (int q = 0; q < QUADS; q++) {
-            vfloat y[STEPS][4];
-            vint   best[STEPS];
-            vfloat top[STEPS];
-            for (int b = 0; b < BLOCKS; b++) {
-                const descent * lanes = &x[b < blocks ? b : 0];
-                vfloat          rest[4], back[4];
-                for (int j = 0; j < 4; j++) {  // P_k - E_k H_kk
-                    rest[j] = lanes->p[4 * q + j];
-                    for (int i = 0; i < 4; i++) {
-                        rest[j] -= lanes->e[4 * q + i] * h[GROUP * (4 * q + i) + 4 * q + j];
-                    }
-                }
-                times_4x4(rest, inverse + 16 * q, back);
-                for (int j = 0; j < 4; j++) {
-                    back[j] += load(w + LANES * (b < blocks ? b : 0), stride, 4 * q + j);
-                }
-                times_4x4(back, metric + 16 * q, y[b]);
-                const vfloat unit = 1.0f / (lanes->d * clamp(lanes->scale, 1, 15));
-                for (int j = 0; j < 4; j++) {
-                    y[b][j] *= unit;
-                }
-            }
-            nearest(table + 256 * ENTRY * q, BLOCKS, y, best, top);
-            for (int b = 0; b < blocks; b++) {
-                vfloat       v[4];
-                const vfloat step = x[b].d * x[b].scale;
-                x[b].code[q]      = best[b];
-                decode(best[b], map, v);
-                for (int j = 0; j < 4; j++) {
-                    const vfloat moved  = step * (v[j] - x[b].v[4 * q + j]);
-                    const vfloat before = x[b].p[4 * q + j];
-                    x[b].v[4 * q + j]   = v[j];
-                    x[b].e[4 * q + j] -= moved;
-                    for (int i = 0; i < GROUP; i++) {
-                        x[b].p[i] -= moved * h[GROUP * (4 * q + j) + i];
-                    }
-                    x[b].cost -= moved * (before + x[b].p[4 * q + j]);
-                }
-            }
-        }
-        for (int b = 0; b < blocks; b++) {
-            for (int i = 0; i < GROUP; i++) {
-                store(e + LANES * b, stride, i, x[b].e[i]);
-            }
-            for (int q = 0; q < QUADS; q++) {
-                store_bytes(codes + q * stride + LANES * b, x[b].code[q]);
-            }
-            store_bytes(scales + LANES * b, __builtin_convertvector(x[b].scale, vint));
-            *(vfloat *) (cost + LANES * b) = x[b].cost;
+            x->code[q] = load_bytes(rows.codes + q * rows.stride);
+            decode(x->code[q], map, &x->v[4 * q]);
         }
     }
 
-    static INLINE void descend_group(int64_t          n,
-                                     int64_t          stride,
-                                     const uint32_t * maps,
-                                     const float *    w,
-                                     const float *    p,
-                                     const float *    d,
+    static INLINE void store_descent(const ccq_rows & rows, const descent & x) {
+        for (int i = 0; i < GROUP; i++) {
+            store(rows.e, rows.stride, i, x.e[i]);
+        }
+        for (int q = 0; q < QUADS; q++) {
+            store_bytes(rows.codes + q * rows.stride, x.code[q]);
+        }
+        store_bytes(rows.scales, __builtin_convertvector(x.scale, vint));
+        store(rows.cost, 0, 0, x.cost);
+    }
+
+    // The weights of byte q that would be best with everything else fixed.
+    static INLINE void ideal_byte(const ccq_rows & rows,
+                                  const float *    h,
+                                  const float *    inverse,
+                                  int              q,
+                                  const descent &  x,
+                                  vfloat           ideal[4]) {
+        vfloat rest[4];
+        for (int j = 0; j < 4; j++) {  // P_k - E_k H_kk
+            rest[j] = x.p[4 * q + j];
+            for (int i = 0; i < 4; i++) {
+                rest[j] -= x.e[4 * q + i] * h[GROUP * (4 * q + i) + 4 * q + j];
+            }
+        }
+        times_4x4(rest, inverse + 16 * q, ideal);
+        for (int j = 0; j < 4; j++) {
+            ideal[j] += load(rows.w, rows.stride, 4 * q + j);
+        }
+    }
+
+    static INLINE void move_byte(const float * h, code_map map, int q, vint best, descent * x) {
+        vfloat       v[4];
+        const vfloat step = x->d * x->scale;
+        x->code[q]        = best;
+        decode(best, map, v);
+        for (int j = 0; j < 4; j++) {
+            const vfloat moved  = step * (v[j] - x->v[4 * q + j]);
+            const vfloat before = x->p[4 * q + j];
+            x->v[4 * q + j]     = v[j];
+            x->e[4 * q + j] -= moved;
+            for (int i = 0; i < GROUP; i++) {
+                x->p[i] -= moved * h[GROUP * (4 * q + j) + i];
+            }
+            x->cost -= moved * (before + x->p[4 * q + j]);
+        }
+    }
+
+    static INLINE void descend_lanes(int              blocks,
+                                     const ccq_rows & rows,
+                                     const float *    eh,
                                      const float *    h,
                                      const float *    inverse,
-                                     const float *    metric,
-                                     const float *    tables,
-                                     const int32_t *  member,
-                                     uint8_t *        codes,
-                                     uint8_t *        scales,
-                                     float *          e,
-                                     float *          cost) {
-        for (int64_t i = 0; i < n;) {
-            const int32_t a      = member[i / ROWS];
-            int           blocks = 1;
-            while (blocks < BLOCKS && i + LANES * blocks < n && member[(i + LANES * blocks) / ROWS] == a) {
+                                     code_map         map,
+                                     const float *    table) {
+        descent x[BLOCKS];
+        for (int b = 0; b < blocks; b++) {
+            load_descent(rows.from(LANES * b), eh + LANES * b, map, &x[b]);
+            descend_scale(&x[b], h);
+        }
+        for (int q = 0; q < QUADS; q++) {
+            vfloat y[BLOCKS][4], top[BLOCKS];
+            vint   best[BLOCKS];
+            for (int b = 0; b < BLOCKS; b++) {  // registers without rows repeat the first
+                const int lanes = b < blocks ? b : 0;
+                vfloat    ideal[4];
+                ideal_byte(rows.from(LANES * lanes), h, inverse, q, x[lanes], ideal);
+                in_units(ideal, rows.metric + 16 * q, x[lanes].d, x[lanes].scale, y[b]);
+            }
+            nearest(table + 256 * ENTRY * q, BLOCKS, y, best, top);
+            for (int b = 0; b < blocks; b++) {
+                move_byte(h, map, q, best[b], &x[b]);
+            }
+        }
+        for (int b = 0; b < blocks; b++) {
+            store_descent(rows.from(LANES * b), x[b]);
+        }
+    }
+
+    static INLINE void descend_group(const ccq_rows & rows, const float * eh, const float * h, const float * inverse) {
+        for (int64_t i = 0; i < rows.n;) {
+            int blocks = 1;
+            while (blocks < BLOCKS && i + LANES * blocks < rows.n &&
+                   rows.member[(i + LANES * blocks) / ROWS] == rows.member[i / ROWS]) {
                 blocks++;
             }
-            const code_map map = { maps[2 * a], maps[2 * a + 1] };
-            descend_lanes(blocks, stride, w + i, d + i, h, inverse, metric, map, tables + (int64_t) a * QUADS * 256 * ENTRY,
-                          p + i, codes + i, scales + i, e + i, cost + i);
+            descend_lanes(blocks, rows.from(i), eh + i, h, inverse, rows.map_of(i), rows.table_of(i));
             i += LANES * blocks;
         }
     }
@@ -384,41 +402,13 @@ template <int LANES> struct kernels {
 COMPILE(feedback_group)
 COMPILE(descend_group)
 
-// Encode one group of columns of `n` rows, with the error fed forward inside the group. See kernels.feedback_group.
-extern "C" void ccq_feedback_group(int              width,
-                                   int64_t          n,
-                                   int64_t          stride,
-                                   const uint32_t * maps,
-                                   const float *    w,
-                                   const float *    t,
-                                   const float *    d,
-                                   const float *    metric,
-                                   const float *    feed,
-                                   const float *    tables,
-                                   const int32_t *  member,
-                                   uint8_t *        codes,
-                                   uint8_t *        scales,
-                                   float *          e,
-                                   float *          cost) {
-    CALL(feedback_group, n, stride, maps, w, t, d, metric, feed, tables, member, codes, scales, e, cost);
+// Encode the group with the error fed forward inside it. `target` by columns, `feed` [64][64]: see kernels.feedback_group.
+extern "C" void ccq_feedback_group(int width, const ccq_rows * rows, const float * target, const float * feed) {
+    CALL(feedback_group, *rows, target, feed);
 }
 
-// Revisit scale and codes of one group of columns of `n` rows. See kernels.descend_group.
-extern "C" void ccq_descend_group(int              width,
-                                  int64_t          n,
-                                  int64_t          stride,
-                                  const uint32_t * maps,
-                                  const float *    w,
-                                  const float *    p,
-                                  const float *    d,
-                                  const float *    h,
-                                  const float *    inverse,
-                                  const float *    metric,
-                                  const float *    tables,
-                                  const int32_t *  member,
-                                  uint8_t *        codes,
-                                  uint8_t *        scales,
-                                  float *          e,
-                                  float *          cost) {
-    CALL(descend_group, n, stride, maps, w, p, d, h, inverse, metric, tables, member, codes, scales, e, cost);
+// Revisit the group's scale and codes. `eh` by columns, `h` [64][64], the inverses of its diagonal blocks [16][4][4]: see
+// kernels.descend_group.
+extern "C" void ccq_descend_group(int width, const ccq_rows * rows, const float * eh, const float * h, const float * inverse) {
+    CALL(descend_group, *rows, eh, h, inverse);
 }
