@@ -114,23 +114,9 @@ demo-pictures: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
 
-# On x86-64 in an emulator: nothing but ggml is built, and no speed is measured.
-ARM       := $(BUILD_DIR)/arm
-ARM_FLAGS ?= armv8.2-a+dotprod
-ARM_TESTS := test-ccq-dot test-quantize-fns
-ARM_TREE  := $(addprefix -I$(TREE)/,ggml/include ggml/src ggml/src/ggml-cpu)
-
-test-arm: checkout ## cross-compile ggml for ARM and test ccq2 in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
-	cmake -S $(TREE) -B $(ARM) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
-	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
-	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$(ARM_FLAGS) -DGGML_OPENMP=OFF \
-	    -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF > $(BUILD_DIR)/cmake-arm.log 2>&1 || { cat $(BUILD_DIR)/cmake-arm.log; exit 1; }
-	cmake --build $(ARM) -j $(JOBS) --target ggml
-	for test in $(ARM_TESTS); do \
-	    aarch64-linux-gnu-g++ -std=c++17 -O1 $(ARM_TREE) $(TREE)/tests/$$test.cpp -o $(ARM)/bin/$$test \
-	        -L$(ARM)/bin -lggml -lggml-cpu -lggml-base -Wl,-rpath,'$$ORIGIN' && \
-	    qemu-aarch64 -L /usr/aarch64-linux-gnu $(ARM)/bin/$$test || exit 1; \
-	done
+test-arm: build $(DEMO)/ernie-tiny-ccq2.gguf ## cross-compile for ARM, test in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
+	$(BIN)/python ggml_patch/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
+	    --model $(DEMO)/ernie-tiny-ccq2.gguf --jobs $(JOBS)
 
 quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
