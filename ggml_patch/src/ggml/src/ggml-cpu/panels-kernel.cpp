@@ -8,6 +8,10 @@
 //   q8_0_bytes       the bytes of q8_0 as dot_bytes takes them: unsigned (q + Q8_0_OFFSET), if that is not 0
 //   dot_bytes, dot_windows    sum[c][v] += weights . activations of column c; windows are below 64
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own intrinsics of AVX-512
+#endif
+
 #include "panels-kernel.h"
 
 #define GGML_COMMON_DECL_CPP
@@ -25,7 +29,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "panels-avx512.h"
 #define PANELS
-#define PANELS_ALONE
+#define PANELS_FEW
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "panels-avx2.h"
 #define PANELS
@@ -300,17 +304,15 @@ struct panel_ccq2 {
     }
 };
 
-#if defined(PANELS_ALONE)
-#include "panels-alone.h"
+#if defined(PANELS_FEW)
+#include "panels-few.h"
 #else
-static constexpr panel_alone * multiply_alone_q8_0 = nullptr;
-static constexpr panel_alone * multiply_alone_ccq2 = nullptr;
+static constexpr panel_few FEW_Q8_0 = {};
+static constexpr panel_few FEW_CCQ2 = {};
 #endif
 
-static const panel_type PANELS_Q8_0 = { PANEL_ROWS, QK8_0, quantize_q8_0, multiply_panels<panel_q8_0>, multiply_alone_q8_0, 2 };
-static const panel_type PANELS_CCQ2 = {
-    PANEL_ROWS, QK_CCQ, quantize_ccq2, multiply_panels<panel_ccq2>, multiply_alone_ccq2, 1
-};
+static const panel_type PANELS_Q8_0 = { PANEL_ROWS, QK8_0, quantize_q8_0, multiply_panels<panel_q8_0>, FEW_Q8_0 };
+static const panel_type PANELS_CCQ2 = { PANEL_ROWS, QK_CCQ, quantize_ccq2, multiply_panels<panel_ccq2>, FEW_CCQ2 };
 
 const panel_type * panels_type(enum ggml_type type) {
     switch (type) {

@@ -29,14 +29,13 @@ typedef void panel_multiply(int64_t                           k,
                             float * const *                   dst,
                             int64_t                           ncols);
 
-// the same for one column
-typedef void panel_alone(int64_t                   k,
-                         const uint8_t *           rows,
-                         size_t                    row_size,
-                         int64_t                   nrows,
-                         const panel_activations * column,
-                         int64_t                   stride,
-                         float *                   dst);
+// A kernel for few columns: up to so many, of so many weights, and whole tiles of rows.
+struct panel_few {
+    panel_multiply * multiply;  // null where panels, or the dot product of ggml for one column, serve better
+    int              rows;
+    int              columns;
+    int64_t          k;
+};
 
 // How a type is done.
 struct panel_type {
@@ -44,8 +43,7 @@ struct panel_type {
     int block;                                                            // weights; k is a multiple of it
     void (*quantize)(const float * x, panel_activations * y, int64_t n);  // n elements, whole blocks, at most PANEL_STEP
     panel_multiply * multiply;
-    panel_alone *    alone;          // null where the dot product of ggml serves better
-    int              alone_columns;  // up to so many go one by one: weights come from the cache after the first
+    panel_few        few;
 };
 
 // null if this machine has no kernel for the type

@@ -40,7 +40,7 @@ bool ggml_panels_use(const ggml_tensor * dst) {
     }
 #endif
     const bool alone = n_columns(src1) == 1 || (dst->op == GGML_OP_MUL_MAT_ID && src1->ne[2] == 1);
-    return type && (type->alone || !alone) && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
+    return type && (type->few.multiply || !alone) && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
            src0->ne[0] % type->block == 0 && src0->nb[0] == ggml_type_size(src0->type) && !src0->extra;
 }
 
@@ -101,12 +101,16 @@ static void multiply(const panel_type &                type,
                      int64_t                           stride,
                      float * const *                   dst,
                      int64_t                           ncols) {
-    if (type.alone && ncols <= type.alone_columns) {
-        for (int64_t c = 0; c < ncols; ++c) {
-            type.alone(k, rows, row_size, nrows, columns[c], stride, dst[c]);
-        }
-    } else {
-        type.multiply(k, rows, row_size, nrows, columns, stride, dst, ncols);
+    const panel_few & few = type.few;
+    int64_t           r   = 0;
+    if (few.multiply && ncols <= few.columns && k <= few.k) {
+        r = nrows / few.rows * few.rows;
+        few.multiply(k, rows, row_size, r, columns, stride, dst, ncols);
+    }
+    if (r < nrows) {
+        float * rest[PANEL_COLUMNS];
+        std::transform(dst, dst + ncols, rest, [r](float * column) { return column + r; });
+        type.multiply(k, rows + r * row_size, row_size, nrows - r, columns, stride, rest, ncols);
     }
 }
 
