@@ -30,8 +30,8 @@ PROGRAMS = {
 }
 # Each kind of case, at a size that takes an emulator seconds.
 OPERATIONS = r"ccq2.*(m=19,n=(1|2|9|33),k=(256|512)|n=256,m=5)"
-# No rounding decides a token of what follows: the likeliest is ahead of the next by more than e^0.05.
-PROMPT = "def read_"
+# No rounding decides a token of what follows: the likeliest is ahead of the next by e^0.2.
+PROMPT = "def read_lines(path: Path) -> list[str]:"
 TOKENS = "24"
 CROSS = "aarch64-linux-gnu-g++"
 SYSROOT = "/usr/aarch64-linux-gnu"
