@@ -102,7 +102,7 @@ static bool check(const panel_type & type, panel_multiply * multiply, const prob
         columns.push_back(&y[c].y);
         dst.push_back(found.data() + c * p.rows);
     }
-    multiply(p.k, m.rows.data(), ggml_row_size(p.type, p.k), p.rows, columns.data(), p.columns, dst.data(), p.columns);
+    multiply({ p.k, m.rows.data(), ggml_row_size(p.type, p.k), p.rows, columns.data(), p.columns, dst.data(), p.columns });
     return is_product(p, m, x, found);
 }
 

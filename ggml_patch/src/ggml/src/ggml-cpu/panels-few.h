@@ -188,31 +188,26 @@ template <int C> struct few_ccq2 {
 };
 
 // C columns at a time
-template <template <int> class Few, int C>
-static void multiply_few(int64_t                           k,
-                         const uint8_t *                   rows,
-                         size_t                            row_size,
-                         int64_t                           nrows,
-                         const panel_activations * const * columns,
-                         int64_t                           stride,
-                         float * const *                   dst,
-                         int64_t                           ncols) {
+template <template <int> class Few, int C> static void multiply_few(panel_product p) {
     if constexpr (C > 1) {
-        if (ncols < C) {
-            return multiply_few<Few, C - 1>(k, rows, row_size, nrows, columns, stride, dst, ncols);
+        if (p.ncols < C) {
+            return multiply_few<Few, C - 1>(p);
         }
     }
     constexpr int ROWS = Few<C>::ROWS;
-    const Few<C>  few{ k, columns, stride };
-    for (int64_t r = 0; r < nrows; r += ROWS) {
+    const Few<C>  few{ p.k, p.columns, p.stride };
+    for (int64_t r = 0; r < p.nrows; r += ROWS) {
         float sums[C][ROWS];
-        few.multiply(rows + r * row_size, row_size, sums);
+        few.multiply(p.rows + r * p.row_size, p.row_size, sums);
         for (int c = 0; c < C; ++c) {
-            std::copy(sums[c], sums[c] + ROWS, dst[c] + r);
+            std::copy(sums[c], sums[c] + ROWS, p.dst[c] + r);
         }
     }
-    if (ncols > C) {
-        multiply_few<Few, C>(k, rows, row_size, nrows, columns + C, stride, dst + C, ncols - C);
+    if (p.ncols > C) {
+        p.columns += C;
+        p.dst += C;
+        p.ncols -= C;
+        multiply_few<Few, C>(p);
     }
 }
 

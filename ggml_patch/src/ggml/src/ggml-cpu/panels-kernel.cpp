@@ -77,31 +77,23 @@ static void multiply_columns(const T & panel, const panel_activations * const * 
     }
 }
 
-template <typename T>
-static void multiply_panels(int64_t                           k,
-                            const uint8_t *                   rows,
-                            size_t                            row_size,
-                            int64_t                           nrows,
-                            const panel_activations * const * columns,
-                            int64_t                           stride,
-                            float * const *                   dst,
-                            int64_t                           ncols) {
+template <typename T> static void multiply_panels(panel_product p) {
     alignas(64) float sums[PANEL_COLUMNS * PANEL_ROWS];
-    const int64_t     steps = (k + PANEL_STEP - 1) / PANEL_STEP;
-    for (int64_t r = 0; r < nrows; r += PANEL_ROWS) {
-        const uint8_t * first = rows + r * row_size;
-        const size_t    part  = PANEL_ROWS * row_size / steps;
-        T               panel(k, first, row_size, nrows - r);
-        std::fill(sums, sums + ncols * PANEL_ROWS, 0.0f);
+    const int64_t     steps = (p.k + PANEL_STEP - 1) / PANEL_STEP;
+    for (int64_t r = 0; r < p.nrows; r += PANEL_ROWS) {
+        const uint8_t * first = p.rows + r * p.row_size;
+        const size_t    part  = PANEL_ROWS * p.row_size / steps;
+        T               panel(p.k, first, p.row_size, p.nrows - r);
+        std::fill(sums, sums + p.ncols * PANEL_ROWS, 0.0f);
         for (int64_t step = 0; step < steps; ++step) {
             panel.unpack(step);
-            fetch(first + PANEL_ROWS * row_size + step * part, part);
-            multiply_columns<T, COLUMNS>(panel, columns, step * stride, sums, ncols);
+            fetch(first + PANEL_ROWS * p.row_size + step * part, part);
+            multiply_columns<T, COLUMNS>(panel, p.columns, step * p.stride, sums, p.ncols);
         }
-        const int64_t n = std::min<int64_t>(PANEL_ROWS, nrows - r);
-        for (int64_t c = 0; c < ncols; ++c) {
+        const int64_t n = std::min<int64_t>(PANEL_ROWS, p.nrows - r);
+        for (int64_t c = 0; c < p.ncols; ++c) {
             panel.finish(sums + c * PANEL_ROWS);
-            std::copy(sums + c * PANEL_ROWS, sums + c * PANEL_ROWS + n, dst[c] + r);
+            std::copy(sums + c * PANEL_ROWS, sums + c * PANEL_ROWS + n, p.dst[c] + r);
         }
     }
 }

@@ -20,14 +20,18 @@ struct panel_activations {
 
 // dst[c][r] = row r . column c for nrows rows of k weights, row_size bytes apart, and at most PANEL_COLUMNS columns, whose
 // steps are `stride` apart
-typedef void panel_multiply(int64_t                           k,
-                            const uint8_t *                   rows,
-                            size_t                            row_size,
-                            int64_t                           nrows,
-                            const panel_activations * const * columns,
-                            int64_t                           stride,
-                            float * const *                   dst,
-                            int64_t                           ncols);
+struct panel_product {
+    int64_t                           k;
+    const uint8_t *                   rows;
+    size_t                            row_size;
+    int64_t                           nrows;
+    const panel_activations * const * columns;
+    int64_t                           stride;
+    float * const *                   dst;
+    int64_t                           ncols;
+};
+
+typedef void panel_multiply(panel_product p);
 
 // A kernel for few columns: up to so many, of so many weights, and whole tiles of rows.
 struct panel_few {

@@ -92,25 +92,22 @@ static void quantize_columns(const ggml_compute_params * params,
     }
 }
 
-static void multiply(const panel_type &                type,
-                     int64_t                           k,
-                     const uint8_t *                   rows,
-                     size_t                            row_size,
-                     int64_t                           nrows,
-                     const panel_activations * const * columns,
-                     int64_t                           stride,
-                     float * const *                   dst,
-                     int64_t                           ncols) {
-    const panel_few & few = type.few;
-    int64_t           r   = 0;
-    if (few.multiply && ncols <= few.columns && k <= few.k) {
-        r = nrows / few.rows * few.rows;
-        few.multiply(k, rows, row_size, r, columns, stride, dst, ncols);
+// whole tiles of rows by the kernel for few columns where there is one, the rest by panels
+static void multiply(const panel_type & type, panel_product p) {
+    const panel_few & few   = type.few;
+    const int64_t     tiles = few.multiply && p.ncols <= few.columns && p.k <= few.k ? p.nrows / few.rows * few.rows : 0;
+    if (tiles > 0) {
+        panel_product whole = p;
+        whole.nrows         = tiles;
+        few.multiply(whole);
     }
-    if (r < nrows) {
+    if (tiles < p.nrows) {
         float * rest[PANEL_COLUMNS];
-        std::transform(dst, dst + ncols, rest, [r](float * column) { return column + r; });
-        type.multiply(k, rows + r * row_size, row_size, nrows - r, columns, stride, rest, ncols);
+        std::transform(p.dst, p.dst + p.ncols, rest, [tiles](float * column) { return column + tiles; });
+        p.rows += tiles * p.row_size;
+        p.nrows -= tiles;
+        p.dst = rest;
+        type.multiply(p);
     }
 }
 
@@ -159,7 +156,7 @@ void ggml_compute_forward_mul_mat_panels(const ggml_compute_params * params, ggm
         }
         const uint8_t * rows =
             (const uint8_t *) src0->data + row * nb01 + i2 / (ne12 / ne02) * nb02 + i3 / (ne13 / ne03) * nb03;
-        multiply(type, ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n);
+        multiply(type, { ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n });
     }
 }
 
@@ -234,7 +231,7 @@ void ggml_compute_forward_mul_mat_id_panels(const ggml_compute_params * params, 
                 column[c]             = columns[pair.token * ne11 + pair.slot % ne11];
                 out[c]                = (float *) ((char *) dst->data + pair.slot * nb1 + pair.token * nb2) + row;
             }
-            multiply(type, ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n);
+            multiply(type, { ne00, rows, nb01, std::min(rows_at_once, ne01 - row), column, columns.n, out, n });
         }
     }
 }
