@@ -9,7 +9,9 @@
 //   dot_bytes, dot_windows    sum[c][v] += weights . activations of column c; windows are below 64
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own intrinsics of AVX-512
+// gcc 12 warns of its own intrinsics of AVX-512
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include "panels-kernel.h"
