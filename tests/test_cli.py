@@ -379,9 +379,9 @@ def test_spaces_links_and_read_only_sources(ernie_gguf: Command, tmp_path: Path)
 def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     source = tmp_path / "source"
     make_two_bits(source, replace(TWO_BITS, layers=3, experts=2, shards=1))
-    done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf")
+    done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf", "--ccq-k-order", "natural")
     assert "repacked 7,040 quantized rows without quantizing again, all of them exactly" in done.out
-    options = ("--outfile", tmp_path / "out.gguf", "--overwrite", "--json")
+    options = ("--outfile", tmp_path / "out.gguf", "--overwrite", "--json", "--ccq-k-order", "natural")
     repacked = json.loads(ernie_gguf("convert", source, *options).out)["repacked"]
     assert (repacked["rows"], repacked["missed_rows"], repacked["rounded_scales"]) == (7040, 0, 0)
     assert repacked["inexact"] == {}

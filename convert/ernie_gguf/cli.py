@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .checkpoint.k_order import KOrder
 from .engine.command import build
 from .engine.info import info
 from .errors import ErnieGgufError
@@ -23,8 +24,16 @@ from .serving.evaluate import evaluate
 from .serving.serve import serve
 
 if TYPE_CHECKING:
+    from .checkpoint.find_k_order import KOrderFinding
     from .write import Progress
 
+KOrderOption = Annotated[
+    KOrder,
+    typer.Option(
+        help="In which order of K the experts of a 2-bit checkpoint were quantized: natural, or shuffled as Baidu's "
+        "engine reads them since July 2025. auto: found from their weights, refused where these do not tell."
+    ),
+]
 _LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
 
 app = typer.Typer(
@@ -130,6 +139,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             "on, as in Baidu's engine; marks: those around a picture, as in transformers."
         ),
     ] = VisionTokens.ALL,
+    ccq_k_order: KOrderOption = KOrder.AUTO,
     split_max_size: Annotated[
         str | None,
         typer.Option(
@@ -158,7 +168,8 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--split-max-size") from exc
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
-    job = prepare(source, outtype, text_only, choices, vision_tokens)
+    job = prepare(source, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
+    _mention_k_order(source, job.k_order_finding, ccq_k_order)
     path = output_path(job, outfile or source)
     check_mmproj(job, path, mmproj)
     if dry_run:
@@ -185,30 +196,38 @@ def inspect(
 
 
 @app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
-def verify(
+def verify(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
+    ccq_k_order: KOrderOption = KOrder.AUTO,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from.
 
     The GGUF may be an mmproj. The exit code is 1 if a weight is wrong.
     """
+    from .checkpoint.find_k_order import find_k_order
+    from .checkpoint.names import collect
     from .convert import read_checkpoint
     from .gguf_file.reader import read_gguf
     from .mapping import map_tensors
     from .report import show
     from .verify.compare import tensors_of
     from .verify.compare import verify as compare
-    from .verify.report import verdicts_json, verdicts_table
+    from .verify.report import k_orders, verdicts_json, verdicts_table
 
     gguf = read_gguf(file)
-    mapped = tensors_of(map_tensors(*read_checkpoint(source, text_only)), gguf)
+    config, headers = read_checkpoint(source, text_only)
+    mapped = tensors_of(map_tensors(config, headers), gguf)
+    finding = find_k_order(config, collect(headers, config).sources)
+    _mention_k_order(source, finding, ccq_k_order)
+    order = finding.order if finding and ccq_k_order is KOrder.AUTO else ccq_k_order
     with _progress(sum(tensor.elements for tensor in mapped), "Comparing", bytes_=False) as progress:
-        verdicts = compare(mapped, gguf, threads, progress)
-    show(verdicts_json(gguf, verdicts) if as_json else verdicts_table(gguf, verdicts))
+        verdicts = compare(mapped, gguf, threads, progress, order)
+    orders = k_orders(gguf, finding, order)
+    show(verdicts_json(gguf, verdicts, orders) if as_json else verdicts_table(gguf, verdicts, orders))
     if not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -222,6 +241,16 @@ app.command(
 )(serve)
 app.command()(chat)
 app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
+
+
+def _mention_k_order(source: Path, finding: "KOrderFinding | None", asked: KOrder) -> None:
+    """Say where --ccq-k-order goes against what the weights say, or says nothing."""
+    if asked is KOrder.AUTO:
+        return
+    if finding is None:
+        sys.stderr.write(f"note: {source} has no 2-bit experts: --ccq-k-order {asked.value} changes nothing\n")
+    elif finding.order not in (KOrder.AUTO, asked):
+        sys.stderr.write(f"warning: {source}: read as {asked.value}, as asked, but its weights say {finding}\n")
 
 
 def _mention_leftovers(folder: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
+from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
+from .checkpoint.k_order import KOrder
+from .checkpoint.names import collect
 from .checkpoint.shards import TensorHeader, read_headers
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
@@ -18,8 +21,9 @@ from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
 from .gguf_file.writer import add_tensor, unfinished
+from .mapping import map_tensors
 from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
-from .plan import Choices, Plan, make_plans
+from .plan import Choices, Plan, make_plans, resolve_auto
 from .transform import Inexact
 from .write import Progress, data_nbytes, write_tensors
 
@@ -36,6 +40,8 @@ class Job:
     plan: Plan
     projector: Plan | None = None  # of a VL checkpoint: the mmproj
     vision_tokens: VisionTokens = VisionTokens.ALL
+    k_order: KOrder = KOrder.NATURAL  # to read its 2-bit experts in; AUTO: unclear, nothing can be written
+    k_order_finding: KOrderFinding | None = None  # what their weights say; None without such experts
 
     @property
     def nbytes(self) -> int:
@@ -91,11 +97,21 @@ def prepare(
     text_only: bool = False,
     choices: Choices | None = None,
     vision_tokens: VisionTokens = VisionTokens.ALL,
+    *,
+    k_order: KOrder = KOrder.AUTO,
 ) -> Job:
-    """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
+    """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing.
+
+    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it.
+    """
     config, headers = read_checkpoint(source, text_only)
-    plan, projector = make_plans(config, headers, outtype, choices)
-    return Job(source, config, read_vocab(source, config), plan, projector, vision_tokens)
+    mapped, vocab = map_tensors(config, headers), read_vocab(source, config)
+    finding = find_k_order(config, collect(headers, config).sources)
+    order = k_order
+    if k_order is KOrder.AUTO:
+        order = finding.order if finding else KOrder.NATURAL
+    plan, projector = make_plans(mapped, resolve_auto(headers), outtype, choices, order)
+    return Job(source, config, vocab, plan, projector, vision_tokens, order, finding)
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
@@ -185,6 +201,8 @@ def write_gguf(
     On failure nothing is left behind.
     """
     begin = time.monotonic()
+    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
+        raise_unclear(job.k_order_finding, str(job.source))
     check_mmproj(job, outfile, mmproj)
     parts = split_plan(job.plan, split_max_bytes)
     writers = [file_header(job, parts, number) for number in range(len(parts))]

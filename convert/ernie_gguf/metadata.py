@@ -13,13 +13,14 @@ from gguf.utility import size_label
 
 from . import rope
 from .checkpoint.config import ErnieConfig, MoeConfig
+from .checkpoint.k_order import KOrder
 from .checkpoint.paddle_ccq import CCQ2
 from .checkpoint.vision_config import Preprocessor
 from .checkpoint.vocab import Vocab
 from .expected import Role
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.reader import value_offset
-from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, GgmlType
+from .gguf_file.types import K_ORDER_KEY, LAYOUT_KEY, LAYOUT_VERSION, GgmlType
 from .plan import Plan
 
 VISION_WIDTH_KEY = "{arch}.expert_vision_feed_forward_length"
@@ -90,6 +91,7 @@ def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Pr
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[plan.outtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+    write_k_order(writer, plan)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("ernie4_5vl")
     writer.add_vision_projection_dim(config.hidden)
@@ -130,6 +132,12 @@ def write_layout(writer: GGUFWriter, plan: Plan) -> None:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
 
 
+def write_k_order(writer: GGUFWriter, plan: Plan) -> None:
+    """Name the order of the residual stream where it is not the model's own."""
+    if plan.absorbed:
+        writer.add_string(K_ORDER_KEY, KOrder.SHUFFLED.value)
+
+
 def repacks_two_bits(plan: Plan) -> bool:
     """Whether experts of Baidu's 2-bit checkpoint are among the sources."""
     return any(part.source.storage is CCQ2 for tensor in plan.tensors for part in tensor.parts)
@@ -160,6 +168,7 @@ def write_metadata(
     write_layout(writer, plan)
     if repacks_two_bits(plan):
         writer.add_uint32(INEXACT_KEY, 0)  # set when all rows are written
+    write_k_order(writer, plan)
     _write_model(writer, config)
     if config.moe is not None:
         _write_moe(writer, config.moe)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from .checkpoint.find_k_order import KOrderFinding
+from .checkpoint.k_order import KOrder
 from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
 from .plan import Plan, TensorPlan
@@ -110,16 +112,37 @@ def plan_json(plan: Plan, paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def k_order_json(order: KOrder, finding: KOrderFinding | None) -> dict[str, Any]:
+    """The order of K of a checkpoint's 2-bit experts: how it is read, and what their weights say."""
+    if finding is None:
+        return {}
+    return {"k_order": {"read_as": order.value, "found": finding.order.value, "sigmas": finding.sigmas}} | {
+        "k_order_signs": asdict(finding)
+    }
+
+
+def k_order_lines(order: KOrder, finding: KOrderFinding | None, absorbed: bool) -> list[Text]:
+    """The same for people; nothing where there are no 2-bit experts."""
+    if finding is None:
+        return []
+    said = order.value if order is not KOrder.AUTO else "unclear: convert needs --ccq-k-order natural or shuffled"
+    lines = [Text(f"order of K of the 2-bit experts: {said}; their weights say: {finding}")]
+    if absorbed:
+        lines.append(Text("the file keeps the channels of the residual stream in that order (docs/formats.md)"))
+    return lines
+
+
 def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
     """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
     eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
-    return plan_json(job.plan, paths) | eyes
+    return plan_json(job.plan, paths) | k_order_json(job.k_order, job.k_order_finding) | eyes
 
 
 def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
     """All plans of a conversion for people."""
     eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
-    return plan_table(job.plan, paths) + eyes
+    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed)
+    return plan_table(job.plan, paths, notes) + eyes
 
 
 def _origin(tensor: TensorPlan) -> str:
@@ -130,8 +153,8 @@ def _origin(tensor: TensorPlan) -> str:
     return f"{first.name} {first.dtype}" + (f" and {rest} more" if rest else "")
 
 
-def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
-    """The plan for people; `paths` are the files it will make."""
+def plan_table(plan: Plan, paths: Sequence[Path], notes: Sequence[Text] = ()) -> list[Any]:
+    """The plan for people; `paths` are the files it will make, `notes` stand above the totals."""
     tensors = table(whole("tensor"), right("ne"), "type", right("size"), "from")
     for tensor in plan.tensors:
         note = f" ({tensor.note})" if tensor.note else ""
@@ -145,6 +168,7 @@ def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
     out: list[Any] = [tensors, ""]
     for header, reason in plan.dropped:
         out.append(Text(f"dropped: {header.name}: {reason}"))
+    out += [*notes, ""] if notes else []
     types = _plan_types(plan)
     files = f"{paths[0]} and {len(paths) - 1} more files" if len(paths) > 1 else str(paths[0])
     total = f"{files}: {len(plan.tensors)} tensors, {human(data_nbytes(plan))}, {_bpw(types):.4g} bits per weight"
@@ -192,6 +216,7 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
         "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
+        **k_order_json(job.k_order, job.k_order_finding),
         **eyes,
     }
 
@@ -205,6 +230,7 @@ def result_text(job: Job, result: ConvertResult) -> list[Any]:
     if plan.dropped:
         lines.append(Text(f"dropped {len(plan.dropped)} tensors (--dry-run names them and the reasons)"))
     lines += _inexact_text(result.inexact)
+    lines += k_order_lines(job.k_order, job.k_order_finding, plan.absorbed)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
     model = result.paths[:-1] if job.projector else result.paths
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"

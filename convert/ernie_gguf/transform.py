@@ -7,7 +7,7 @@ The standard types get the bytes that llama.cpp's own converter writes: gguf-py 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -185,6 +185,23 @@ def dequantize(values: Values) -> F32:
     groups = np.stack((values.scales >> 4, values.scales & 15), -1).reshape(n, -1).astype(np.float32)
     out: F32 = ((groups * values.super_scale[:, None])[..., None] * weights).reshape(n, 4 * quads)
     return out
+
+
+def with_columns(values: Values, order: tuple[int, ...]) -> Values:
+    """The columns of each block of `len(order)` in that order. Values stay what they are; 2-bit ones come as floats.
+
+    A row's integers share one scale, so they move freely. Four of Baidu's codes share a byte.
+    """
+    if isinstance(values, ChannelInts):
+        return replace(values, q=_columns_in(values.q, order))
+    if isinstance(values, FloatRows):
+        return replace(values, rows=_columns_in(values.rows, order))
+    return FloatRows(_columns_in(dequantize(values), order), "F32")
+
+
+def _columns_in(rows: AnyArray, order: tuple[int, ...]) -> AnyArray:
+    """[n, K] with the columns of each block in that order; a vector [K] is one row."""
+    return np.ascontiguousarray(rows.reshape(-1, len(order))[:, list(order)]).reshape(rows.shape)
 
 
 def encode_values(values: Values, ggml_type: GgmlType) -> tuple[U8, Inexact]:

@@ -22,7 +22,7 @@ from .files import pwrite
 from .gguf_file.types import padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
-from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values
+from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values, with_columns
 from .workers import in_order
 
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
@@ -46,22 +46,22 @@ class Piece:
 
 def _copied(part: Part, tensor: TensorPlan) -> bool:
     """Whether the bytes of the source are the bytes of the output."""
-    if tensor.head_order:
+    if tensor.row_order or tensor.column_order:
         return False
     return part.source.storage is ROWS and (part.source.dtype, tensor.ggml_type) in VERBATIM
 
 
 def _rows_at_once(part: Part, tensor: TensorPlan) -> int:
-    """Rows of a piece; whole heads where their rows are reordered."""
-    rows, head = part.source.storage.rows_at_once(part.source, _copied(part, tensor)), len(tensor.head_order)
-    return max(head, rows // head * head) if head else rows
+    """Rows of a piece; whole blocks where the rows of a block are reordered."""
+    rows, block = part.source.storage.rows_at_once(part.source, _copied(part, tensor)), len(tensor.row_order)
+    return max(block, rows // block * block) if block else rows
 
 
-def _reordered(data: U8, head_order: tuple[int, ...]) -> U8:
-    """[rows, bytes] with the rows of each head in that order."""
-    if not head_order:
+def _reordered(data: U8, row_order: tuple[int, ...]) -> U8:
+    """[rows, bytes] with the rows of each block in that order."""
+    if not row_order:
         return data
-    return data.reshape(-1, len(head_order), data.shape[1])[:, list(head_order)].reshape(data.shape)
+    return data.reshape(-1, len(row_order), data.shape[1])[:, list(row_order)].reshape(data.shape)
 
 
 def data_nbytes(plan: Plan) -> int:
@@ -115,11 +115,15 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
         if _kernel_copy(reader.fd(source.main.path), begin, fd, piece.offset, piece.nbytes) == piece.nbytes:
             return ALL_EXACT
     values = source.storage.read(reader, source, piece.row, piece.rows)
+    order = piece.tensor.column_order
+    if order:
+        values = with_columns(values, order)
     try:
         data, inexact = encode_values(values, piece.tensor.ggml_type)
     except EncodeError as exc:
-        raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
-    data = np.ascontiguousarray(_reordered(data, piece.tensor.head_order))
+        column = exc.column // len(order) * len(order) + order[exc.column % len(order)] if order else exc.column
+        raise EncodeError(piece.row + exc.row, column, exc.problem, source.name) from exc
+    data = np.ascontiguousarray(_reordered(data, piece.tensor.row_order))
     pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
     return inexact
 

@@ -86,6 +86,8 @@ def test_rope(rope: dict[str, Any]) -> None:
         ({"head_dim": None, "hidden_size": 255}, "head_dim: expected an integer: hidden_size 255 is not a multiple"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: expected a finite number above 0, found 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number above 0, found nan"),
+        ({"rope_theta": 1e39}, "rope_theta: expected a finite number above 0, found 1e+39"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a finite number above 0, found 1000"),
         ({"rope_theta": None}, "rope_theta: expected a finite number above 0, found None"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4}},

@@ -15,16 +15,16 @@ EXPERT_TYPES = ("bf16", *STORAGES)
 DENSE_TYPES = tuple(name for name in EXPERT_TYPES if name != "wint2")
 _SPELLINGS = {"weight_only_int8": "wint8", "weight_only_int4": "wint4", "w4w2": "wint2"}
 
-# Why the others cannot be read: something about them is not public.
+# Why the others cannot be read: what the engine does to them on the way is not done here.
 UNREADABLE = {
-    "tensor_wise_fp8": "its activations pass a Hadamard transform in the engine, so the stored weights are rotated, "
-    "and the size of the transform's blocks is not in the checkpoint; use the -Paddle or -PT repository",
-    "wfp8afp8": "the layout of its per-channel FP8 weights is not documented; use the -Paddle or -PT repository",
+    "tensor_wise_fp8": "its weights are rotated, by a Hadamard transform over blocks of 32 that the engine applies to "
+    "activations too; use the -Paddle or -PT repository",
+    "wfp8afp8": "the layout of its per-channel FP8 weights is not supported; use the -Paddle or -PT repository",
     "w4a8": "its int4 weights are ordered for the engine's W4A8 kernels, and down_proj is rotated by a Hadamard "
-    "transform; neither is documented; use the -2Bits-Paddle, -Paddle or -PT repository",
-    "w4afp8": "its int4 weights are ordered for the engine's W4AFP8 kernels, which is not documented; "
+    "transform; neither is supported; use the -2Bits-Paddle, -Paddle or -PT repository",
+    "w4afp8": "its int4 weights are ordered for the engine's W4AFP8 kernels, which is not supported; "
     "use the -Paddle or -PT repository",
-    "w8a8": "its smoothing of activations is not documented; use the -Paddle or -PT repository",
+    "w8a8": "its smoothing of activations is not supported; use the -Paddle or -PT repository",
 }
 
 

@@ -28,12 +28,11 @@ class Field:
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
-    optional: bool = False
 
 
-def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS, optional: bool = False) -> Field:
+def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS) -> Field:
     """A value per output channel: [N], [1, N] and [N, 1] all occur."""
-    return Field(((n,), (1, n), (n, 1)), dtypes, optional)
+    return Field(((n,), (1, n), (n, 1)), dtypes)
 
 
 # dtype of floats -> ggml types that hold them exactly
@@ -130,8 +129,6 @@ def problem_of(source: Source, shape: Shape) -> str | None:
     for name, field in fields.items():
         header = source.tensors.get(name)
         if header is None:
-            if field.optional:
-                continue
             missing = source.name.removesuffix(storage.main) + name
             return f"tensor {missing} is missing: {source.name} is {storage.name} and needs it"
         if header.shape not in field.shapes:
