@@ -10,6 +10,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
+from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.shards import TensorHeader, read_headers
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
@@ -36,6 +37,12 @@ class Job:
     plan: Plan
     projector: Plan | None = None  # of a VL checkpoint: the mmproj
     vision_tokens: VisionTokens = VisionTokens.ALL
+    sampling: Sampling = NO_SAMPLING
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the checkpoint's small files."""
+        return [*self.vocab.notes, *self.sampling.notes]
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +102,8 @@ def prepare(
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
     config, headers = read_checkpoint(source, text_only)
     plan, projector = make_plans(config, headers, outtype, choices)
-    return Job(source, config, read_vocab(source, config), plan, projector, vision_tokens)
+    vocab, sampling = read_vocab(source, config), read_sampling(source)
+    return Job(source, config, vocab, plan, projector, vision_tokens, sampling)
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
@@ -121,7 +129,8 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
-        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan, tokens=job.vision_tokens)
+        name, sampling = model_name(job.source), job.sampling.settings
+        write_metadata(writer, name, job.config, job.vocab, job.plan, tokens=job.vision_tokens, sampling=sampling)
     else:
         write_layout(writer, part)
     if len(files) > 1:

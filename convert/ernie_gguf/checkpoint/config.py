@@ -61,7 +61,7 @@ class ErnieConfig:
     tied: bool
     moe: MoeConfig | None
     bos: int | None
-    eos: int | None
+    eos: tuple[int, ...]  # every token that ends a text
     pad: int | None
     quant: QuantConfig | None = None  # None: floats throughout
     vision_experts: int | None = None  # of a VL checkpoint read as text: experts per layer to leave out
@@ -77,8 +77,17 @@ class ErnieConfig:
         return self.moe is not None and layer >= self.moe.first_layer
 
 
-def _optional_id(config: JsonObject, key: str, vocab: int) -> int | None:
-    return config.integer(key, 0, vocab - 1) if key in config else None
+def token_ids(config: JsonObject, key: str, vocab: int) -> tuple[int, ...]:
+    """The ids that a key names: one, or a list of them. A negative id means none, as in older configurations."""
+    value = config.values.get(key)
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(each) is not int or each >= vocab for each in found):
+        raise config.error(key, f"an integer from 0 to {vocab - 1}, a list of such, or -1 for none")
+    return tuple(dict.fromkeys(each for each in found if each >= 0))
+
+
+def _first_id(config: JsonObject, key: str, vocab: int) -> int | None:
+    return next(iter(token_ids(config, key, vocab)), None)
 
 
 def _architecture(config: JsonObject) -> str:
@@ -174,9 +183,9 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
         rms_eps=config.number("rms_norm_eps"),
         tied=config.boolean("tie_word_embeddings", default=True),
         moe=_moe(config, layers) if arch == ARCHITECTURES["Ernie4_5_MoeForCausalLM"] else None,
-        bos=_optional_id(config, "bos_token_id", vocab),
-        eos=_optional_id(config, "eos_token_id", vocab),
-        pad=_optional_id(config, "pad_token_id", vocab),
+        bos=_first_id(config, "bos_token_id", vocab),
+        eos=token_ids(config, "eos_token_id", vocab),
+        pad=_first_id(config, "pad_token_id", vocab),
         quant=parse_quant_config(values.get("quantization_config"), layers, where),
         vision_experts=vision_experts(whole, where, MAX_EXPERTS) if is_vl and text_only else None,
         vision=parse_vision(whole, where, head_dim, vocab) if is_vl and not text_only else None,
