@@ -220,10 +220,6 @@ class ShardReader:
                 except OSError as exc:
                     raise CheckpointError(f"{path}: {exc.strerror}") from exc
 
-    def fd(self, path: Path) -> int:
-        """The descriptor of an opened shard."""
-        return self._files[path]
-
     def read_rows(self, tensor: TensorHeader, row: int, rows: int) -> AnyArray:
         """Rows `row` … `row + rows` of a tensor seen as [rows, K]; bfloat16 comes as its bits in uint16."""
         k = tensor.shape[-1]
