@@ -91,7 +91,10 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: the current one).",
+            show_default=False,
+        ),
     ] = None,
     outtype: Annotated[
         Outtype,
@@ -159,7 +162,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
         raise typer.BadParameter(str(exc), param_hint="--split-max-size") from exc
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
     job = prepare(source, outtype, text_only, choices, vision_tokens)
-    path = output_path(job, outfile or source)
+    path = output_path(job, outfile)
     check_mmproj(job, path, mmproj)
     if dry_run:
         paths = split_paths(path, len(split_plan(job.plan, split_bytes)))

@@ -11,7 +11,8 @@ from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
-from .checkpoint.shards import TensorHeader, read_headers
+from .checkpoint.shards import TensorHeader, read_headers, stale_weights
+from .checkpoint.source import checkpoint_folder
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
@@ -38,11 +39,12 @@ class Job:
     projector: Plan | None = None  # of a VL checkpoint: the mmproj
     vision_tokens: VisionTokens = VisionTokens.ALL
     sampling: Sampling = NO_SAMPLING
+    weights_notes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a user should know about the checkpoint's small files."""
-        return [*self.vocab.notes, *self.sampling.notes]
+        return [*self.weights_notes, *self.vocab.notes, *self.sampling.notes]
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +90,7 @@ def refuse_split(source: Path) -> None:
 
 def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig, dict[str, TensorHeader]]:
     """A checkpoint's configuration and tensor headers; raises an ErnieGgufError."""
+    source = checkpoint_folder(source)
     refuse_split(source)
     return read_config(source, text_only), read_headers(source)
 
@@ -100,10 +103,11 @@ def prepare(
     vision_tokens: VisionTokens = VisionTokens.ALL,
 ) -> Job:
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
+    source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
     plan, projector = make_plans(config, headers, outtype, choices)
     vocab, sampling = read_vocab(source, config), read_sampling(source)
-    return Job(source, config, vocab, plan, projector, vision_tokens, sampling)
+    return Job(source, config, vocab, plan, projector, vision_tokens, sampling, tuple(stale_weights(source)))
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
@@ -118,8 +122,12 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
         raise OutputError(f"{mmproj}: --mmproj and --outfile name the same file")
 
 
-def output_path(job: Job, outfile: Path) -> Path:
-    """The file to write: in a folder, NAME-OUTTYPE.gguf (upstream's habit, without the size)."""
+def output_path(job: Job, outfile: Path | None) -> Path:
+    """The file to write: in a folder, by default the current one, NAME-OUTTYPE.gguf (upstream's habit)."""
+    if outfile is None:
+        outfile = Path()
+        if outfile.resolve() == job.source.resolve():
+            raise OutputError("the current folder is the checkpoint, which is left as it is: give --outfile")
     if outfile.is_dir():
         return outfile / f"{model_name(job.source)}-{job.plan.outtype.value.upper()}.gguf"
     return outfile

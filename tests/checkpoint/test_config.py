@@ -132,6 +132,7 @@ def test_absent_key() -> None:
 
 
 def test_file_errors(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"config.json is missing; expected a Hugging Face checkpoint folder$"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")

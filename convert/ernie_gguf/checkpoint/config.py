@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ArchitectureError, ConfigError
 from .json_object import JsonObject, read_object, shown
 from .quant_config import QuantConfig, parse_quant_config
+from .source import why_no_checkpoint
 from .vision_config import VisionConfig, merged_values, parse_vision, text_values, vision_experts
 
 # Hugging Face architecture -> GGUF architecture
@@ -98,7 +99,8 @@ def _architecture(config: JsonObject) -> str:
         return ARCHITECTURES["Ernie4_5_MoeForCausalLM"]
     if names[0] not in ARCHITECTURES:
         raise ArchitectureError(
-            f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}"
+            f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}; "
+            "llama.cpp's own convert_hf_to_gguf.py converts other models"
         )
     return ARCHITECTURES[names[0]]
 
@@ -138,6 +140,12 @@ def _moe(config: JsonObject, layers: int) -> MoeConfig:
         first_layer=config.integer("moe_layer_start_index", 0, layers - 1),
         has_bias=config.boolean("moe_use_aux_free", default=True),
     )
+
+
+def _quantization(config: JsonObject) -> object:
+    """`quantization_config`, or what MLX writes in its place."""
+    mlx = config.values.get("quantization")
+    return config.values.get("quantization_config") or (mlx if isinstance(mlx, dict) else None)
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json", text_only: bool = False) -> ErnieConfig:
@@ -186,7 +194,7 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
         bos=_first_id(config, "bos_token_id", vocab),
         eos=token_ids(config, "eos_token_id", vocab),
         pad=_first_id(config, "pad_token_id", vocab),
-        quant=parse_quant_config(values.get("quantization_config"), layers, where),
+        quant=parse_quant_config(_quantization(config), layers, where),
         vision_experts=vision_experts(whole, where, MAX_EXPERTS) if is_vl and text_only else None,
         vision=parse_vision(whole, where, head_dim, vocab) if is_vl and not text_only else None,
     )
@@ -196,5 +204,6 @@ def read_config(folder: Path, text_only: bool = False) -> ErnieConfig:
     """Read and check config.json of a checkpoint folder."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder}: config.json is missing; expected a Hugging Face checkpoint folder")
+        why = why_no_checkpoint(folder) or "expected a Hugging Face checkpoint folder"
+        raise ConfigError(f"{folder}: config.json is missing; {why}")
     return parse_config(read_object(path, ConfigError), text_only=text_only)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError
+from ..recognise import refuse_other_files
 from .chat_templates import read_templates
 from .config import ErnieConfig
 from .json_object import read_object, shown
@@ -58,8 +59,14 @@ def _base_vocab(folder: Path, size: int) -> Vocab:
     """The pieces of tokenizer.model, padded with unused tokens to `size`."""
     path = folder / TOKENIZER
     if not path.is_file():
-        raise TokenizerError(f"{folder}: {TOKENIZER} is missing; ERNIE checkpoints ship it, copy it here")
-    model = parse_model(path.read_bytes(), TOKENIZER)
+        beside = "; tokenizer.json alone does not do" if (folder / "tokenizer.json").is_file() else ""
+        raise TokenizerError(f"{folder}: {TOKENIZER} is missing; ERNIE checkpoints ship it, copy it here{beside}")
+    data = path.read_bytes()
+    try:
+        model = parse_model(data, TOKENIZER)
+    except TokenizerError:
+        refuse_other_files(path, data, TokenizerError, "a SentencePiece model")
+        raise
     if len(model.pieces) > size:
         raise TokenizerError(f"{TOKENIZER}: {len(model.pieces)} pieces, but vocab_size in config.json is {size}")
     vocab = Vocab(
