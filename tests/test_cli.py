@@ -66,9 +66,17 @@ def test_convert_json(ernie_gguf: Command, source: Path, tmp_path: Path) -> None
     assert set(summary["types"]) == {"bf16", "f32"}
 
 
-def test_outfile_is_a_folder_or_absent(ernie_gguf: Command, source: Path, tmp_path: Path) -> None:
+def test_outfile_is_a_folder_or_absent(
+    ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(source)
+    monkeypatch.chdir(tmp_path)
     assert ernie_gguf("convert", source).code == 0
-    assert (source / "source-BF16.gguf").is_file()
+    assert (tmp_path / "source-BF16.gguf").is_file()
+    monkeypatch.chdir(source)
+    message = "error: the current folder is the checkpoint, which is left as it is: give --outfile\n"
+    assert ernie_gguf("convert", ".") == (1, "", message)
+    assert snapshot(source) == before
     (tmp_path / "into").mkdir()
     assert ernie_gguf("convert", source, "--outfile", tmp_path / "into", "--outtype", "q8_0").code == 0
     assert (tmp_path / "into" / "source-Q8_0.gguf").is_file()

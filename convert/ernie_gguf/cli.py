@@ -100,7 +100,10 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: the current one).",
+            show_default=False,
+        ),
     ] = None,
     outtype: Annotated[
         Outtype,
@@ -170,7 +173,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
     job = prepare(source, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
     _mention_k_order(source, job.k_order_finding, ccq_k_order)
-    path = output_path(job, outfile or source)
+    path = output_path(job, outfile)
     check_mmproj(job, path, mmproj)
     if dry_run:
         paths = split_paths(path, len(split_plan(job.plan, split_bytes)))

@@ -11,9 +11,11 @@ from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
+from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.k_order import KOrder
 from .checkpoint.names import collect
-from .checkpoint.shards import TensorHeader, read_headers
+from .checkpoint.shards import TensorHeader, read_headers, stale_weights
+from .checkpoint.source import checkpoint_folder
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
@@ -42,6 +44,13 @@ class Job:
     vision_tokens: VisionTokens = VisionTokens.ALL
     k_order: KOrder = KOrder.NATURAL  # to read its 2-bit experts in; AUTO: unclear, nothing can be written
     k_order_finding: KOrderFinding | None = None  # what their weights say; None without such experts
+    sampling: Sampling = NO_SAMPLING
+    weights_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the checkpoint's small files."""
+        return [*self.weights_notes, *self.vocab.notes, *self.sampling.notes]
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +96,7 @@ def refuse_split(source: Path) -> None:
 
 def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig, dict[str, TensorHeader]]:
     """A checkpoint's configuration and tensor headers; raises an ErnieGgufError."""
+    source = checkpoint_folder(source)
     refuse_split(source)
     return read_config(source, text_only), read_headers(source)
 
@@ -104,14 +114,26 @@ def prepare(
 
     With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it.
     """
+    source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
-    mapped, vocab = map_tensors(config, headers), read_vocab(source, config)
+    mapped = map_tensors(config, headers)
     finding = find_k_order(config, collect(headers, config).sources)
     order = k_order
     if k_order is KOrder.AUTO:
         order = finding.order if finding else KOrder.NATURAL
     plan, projector = make_plans(mapped, resolve_auto(headers), outtype, choices, order)
-    return Job(source, config, vocab, plan, projector, vision_tokens, order, finding)
+    return Job(
+        source,
+        config,
+        read_vocab(source, config),
+        plan,
+        projector,
+        vision_tokens,
+        k_order=order,
+        k_order_finding=finding,
+        sampling=read_sampling(source),
+        weights_notes=tuple(stale_weights(source)),
+    )
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
@@ -126,8 +148,12 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
         raise OutputError(f"{mmproj}: --mmproj and --outfile name the same file")
 
 
-def output_path(job: Job, outfile: Path) -> Path:
-    """The file to write: in a folder, NAME-OUTTYPE.gguf (upstream's habit, without the size)."""
+def output_path(job: Job, outfile: Path | None) -> Path:
+    """The file to write: in a folder, by default the current one, NAME-OUTTYPE.gguf (upstream's habit)."""
+    if outfile is None:
+        outfile = Path()
+        if outfile.resolve() == job.source.resolve():
+            raise OutputError("the current folder is the checkpoint, which is left as it is: give --outfile")
     if outfile.is_dir():
         return outfile / f"{model_name(job.source)}-{job.plan.outtype.value.upper()}.gguf"
     return outfile
@@ -137,7 +163,8 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
-        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan, tokens=job.vision_tokens)
+        name, sampling = model_name(job.source), job.sampling.settings
+        write_metadata(writer, name, job.config, job.vocab, job.plan, tokens=job.vision_tokens, sampling=sampling)
     else:
         write_layout(writer, part)
     if len(files) > 1:

@@ -135,14 +135,19 @@ def k_order_lines(order: KOrder, finding: KOrderFinding | None, absorbed: bool) 
 def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
     """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
     eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
-    return plan_json(job.plan, paths) | k_order_json(job.k_order, job.k_order_finding) | eyes
+    small = {"notes": job.notes} | k_order_json(job.k_order, job.k_order_finding)
+    return plan_json(job.plan, paths) | small | eyes
 
 
 def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
     """All plans of a conversion for people."""
     eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
-    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed)
+    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed) + _notes(job)
     return plan_table(job.plan, paths, notes) + eyes
+
+
+def _notes(job: Job) -> list[Text]:
+    return [Text(f"note: {note}") for note in job.notes]
 
 
 def _origin(tensor: TensorPlan) -> str:
@@ -213,6 +218,7 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
         "bits_per_weight": _bpw(_plan_types(plan)),
         "types": _plan_types(plan),
         "dropped": [{"name": header.name, "reason": reason} for header, reason in plan.dropped],
+        "notes": job.notes,
         "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
@@ -232,6 +238,7 @@ def result_text(job: Job, result: ConvertResult) -> list[Any]:
     lines += _inexact_text(result.inexact)
     lines += k_order_lines(job.k_order, job.k_order_finding, plan.absorbed)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
+    lines += _notes(job)
     model = result.paths[:-1] if job.projector else result.paths
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"
     files = f" and {len(model) - 1} more files" if len(model) > 1 else ""
