@@ -170,6 +170,21 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
+def output_files(
+    job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
+) -> tuple[list[Path], list[Plan], list[GGUFWriter]]:
+    """Name, plan and header of every file: the model's, then that of its eyes."""
+    check_mmproj(job, outfile, mmproj)
+    parts = split_plan(job.plan, split_max_bytes)
+    writers = [file_header(job, parts, number) for number in range(len(parts))]
+    paths = split_paths(outfile, len(parts))
+    if job.projector is not None and mmproj is not None:
+        parts.append(job.projector)
+        writers.append(projector_header(job, job.projector))
+        paths.append(mmproj)
+    return paths, parts, writers
+
+
 def write_gguf(
     job: Job,
     outfile: Path,
@@ -185,14 +200,7 @@ def write_gguf(
     On failure nothing is left behind.
     """
     begin = time.monotonic()
-    check_mmproj(job, outfile, mmproj)
-    parts = split_plan(job.plan, split_max_bytes)
-    writers = [file_header(job, parts, number) for number in range(len(parts))]
-    paths = split_paths(outfile, len(parts))
-    if job.projector is not None and mmproj is not None:
-        parts.append(job.projector)
-        writers.append(projector_header(job, job.projector))
-        paths.append(mmproj)
+    paths, parts, writers = output_files(job, outfile, split_max_bytes, mmproj)
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Renamed in reverse, so that the file users load appears last.
