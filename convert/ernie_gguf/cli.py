@@ -5,14 +5,13 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from .bars import progress_bar as _progress
 from .engine.command import build
 from .engine.info import info
 from .errors import ErnieGgufError
@@ -21,10 +20,8 @@ from .hub.lazy import takes_names
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
+from .serving.run import run
 from .serving.serve import serve
-
-if TYPE_CHECKING:
-    from .write import Progress
 
 _LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
 
@@ -61,30 +58,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@contextmanager
-def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterator["Progress"]:
-    """A bar with rate and time left on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount = (DownloadColumn(), TransferSpeedColumn()) if bytes_ else (TaskProgressColumn(show_speed=True),)
-    columns = (TextColumn(verb), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 @app.command()
@@ -255,6 +228,7 @@ app.command(
     short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
     context_settings={"ignore_unknown_options": True},
 )(serve)
+app.command(short_help="From a name on the Hub to a chat: download, convert, talk.")(run)
 app.command()(chat)
 app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
 

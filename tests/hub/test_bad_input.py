@@ -145,13 +145,14 @@ def test_no_hub_at_all(fails: Fails, hub: FakeHub) -> None:
     fails(REPO, "does not say which commit it has")
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "extra"), [(NAME, "huggingface_hub", "hub"), (f"ms:{NAME}", "modelscope_hub", "modelscope")]
-)
-def test_no_client(fails: Fails, monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str) -> None:
+def test_no_client(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else real(name, *rest))
-    fails(name, "no such folder here", f"pip install 'ernie-gguf[{extra}]'")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "huggingface_hub" else real(name))
+    fails(NAME, "no such folder here", "pip install 'ernie-gguf[hub]'")
+
+
+def test_modelscope(fails: Fails) -> None:
+    fails(f"ms:{NAME}", f"fetch it with `modelscope download --model {NAME} --local_dir FOLDER`, and give FOLDER")
 
 
 def test_a_file_that_goes_away(fails: Fails, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

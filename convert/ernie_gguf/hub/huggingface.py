@@ -81,7 +81,7 @@ def _refusal(name: HubName, error: HfHubHTTPError) -> str:
         (isinstance(error, DisabledRepoError), "the Hub has disabled this repository"),
         (
             isinstance(error, EntryNotFoundError),
-            f"{_file_of(error)}: the Hub lists a file that it does not have; run the command again",
+            f"{_file_of(error)} is listed, but not there; run the command again",
         ),
         (status == 401 and not has_token, missing),
         (status == 401, "the Hub does not know the token (HF_TOKEN or `hf auth login`): give a valid one"),

@@ -17,9 +17,6 @@ from . import skeleton
 from .names import HubError, HubName, UnreachableError, as_name, suggestion
 from .repository import Repository
 
-# What each site's client is: the module, and the extra that installs it.
-_CLIENTS = {"hf": ("huggingface_hub", "hub"), "ms": ("modelscope_hub", "modelscope")}
-
 _OF_THE_SOURCE = (CheckpointError, ConfigError, PlanError, TokenizerError)
 
 
@@ -61,16 +58,16 @@ def connect(name: HubName) -> Repository:
     Raises:
         HubError: the client is not installed, or the repository cannot be read.
     """
-    module, extra = _CLIENTS[name.site]
-    if importlib.util.find_spec(module) is None:
-        raise HubError(
-            f"{name}: no such folder here, and taking a repository from {name.place} needs {module}: "
-            f"pip install 'ernie-gguf[{extra}]'"
-        )
     if name.site == "ms":
-        from .modelscope import ModelScope
-
-        return ModelScope(name)
+        raise HubError(
+            f"{name}: names on ModelScope are not read; fetch it with `modelscope download --model {name.repo} "
+            "--local_dir FOLDER`, and give FOLDER"
+        )
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise HubError(
+            f"{name}: no such folder here, and taking a repository from {name.place} needs huggingface_hub: "
+            "pip install 'ernie-gguf[hub]'"
+        )
     from .huggingface import HuggingFace
 
     return HuggingFace(name)
@@ -78,10 +75,8 @@ def connect(name: HubName) -> Repository:
 
 def _cached(name: HubName) -> Path | None:
     """The whole repository in the site's cache, if it is there."""
-    if name.site == "ms":
-        from .modelscope import cached
-    else:
-        from .huggingface import cached
+    from .huggingface import cached
+
     return cached(name)
 
 

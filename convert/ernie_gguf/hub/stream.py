@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,20 @@ class Stream:
             "types": digest.hexdigest(),
             "header": self._header_digest(),
             "batch size": batching.BATCH_BYTES,
-            "version of ernie-gguf": version("ernie-gguf"),
+            "version of ernie-gguf": _version(),
         }
 
     def _header_digest(self) -> str:
         """Of metadata that options change without changing a tensor."""
         keys = [{key: repr(value) for key, value in data.items()} for each in self.writers for data in each.kv_data]
         return hashlib.sha256(repr(keys).encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return version("ernie-gguf")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def plan_stream(
