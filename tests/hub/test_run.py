@@ -27,7 +27,7 @@ def made(cache: Path) -> list[str]:
 
 
 def test_a_name_becomes_an_answer(ernie_gguf: Command, hub: FakeHub, cache: Path) -> None:
-    done = ernie_gguf("run", REPO, "def main", "--temp", "0", "--ctx", "512", "--outtype", "q8_0")
+    done = ernie_gguf("run", REPO, "def main", "--temp", "0", "--ctx", "96", "--outtype", "q8_0")
     assert done.code == 0, done.err
     assert done.out.strip()
     steps = [line for line in done.err.splitlines() if line[:2] in ("1.", "2.", "3.")]
@@ -37,7 +37,7 @@ def test_a_name_becomes_an_answer(ernie_gguf: Command, hub: FakeHub, cache: Path
     file = f"{REPO.replace('/', '--')}/ERNIE-4.5-21B-A3B-PT-Q8_0.gguf"
     assert made(cache) == [file]
     before, asked = hub.sent, len(hub.log)
-    again = ernie_gguf("run", REPO, "def main", "--temp", "0", "--ctx", "512")
+    again = ernie_gguf("run", REPO, "def main", "--temp", "0", "--ctx", "96")
     assert (again.code, again.out) == (0, done.out)
     assert (hub.sent, len(hub.log)) == (before, asked)  # made once, and then no question to anyone
     assert f"{file} was made before" in again.err
@@ -50,13 +50,13 @@ def test_the_most_exact_type_that_fits(
     with weighing.weightless(hub.folder, getting_type("bf16")) as path:
         bf16 = path.stat().st_size
     monkeypatch.setattr(weighing, "main_memory", lambda: bf16)
-    done = ernie_gguf("run", REPO, "x", "--ctx", "256", "--temp", "0")
+    done = ernie_gguf("run", REPO, "x", "--ctx", "96", "--temp", "0")
     if done.code == 0:
         assert made(cache)[0].endswith(("-Q8_0.gguf", "-Q4_0.gguf", "-CCQ2.gguf"))
     monkeypatch.setattr(weighing, "main_memory", lambda: 1000)
     for path in cache.rglob("*.gguf"):
         path.unlink()
-    refused = ernie_gguf("run", REPO, "x", "--ctx", "256")
+    refused = ernie_gguf("run", REPO, "x", "--ctx", "96")
     assert (refused.code, "no type of it fits this machine" in refused.err) == (1, True)
     assert made(cache) == []
 
@@ -69,7 +69,7 @@ def test_large_downloads_are_asked_about(
     ernie_gguf: Command, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(getting, "ASK_ABOVE", 1_000_000)
-    options = ("--temp", "0", "--ctx", "256", "--outtype", "q8_0")
+    options = ("--temp", "0", "--ctx", "96", "--outtype", "q8_0")
     done = ernie_gguf("run", REPO, "x", *options)
     assert (done.code, "nobody to ask: give --yes" in done.err) == (1, True)
     assert made(cache) == []
@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(batches, "BATCH_BYTES", 1 << 20)
     hub.limit = 9_000_000
-    options = ("--temp", "0", "--ctx", "256", "--outtype", "q8_0")
+    options = ("--temp", "0", "--ctx", "96", "--outtype", "q8_0")
     assert ernie_gguf("run", REPO, "x", *options).code == 1
     assert all(".partial/" in name for name in made(cache))
     hub.limit = None
@@ -108,7 +108,7 @@ def test_bad_names(ernie_gguf: Command, hub: FakeHub, source: str, says: str) ->
 
 
 def test_run_takes_a_file(ernie_gguf: Command, tiny_bf16_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = ernie_gguf("run", tiny_bf16_gguf, "def main", "--temp", "0", "--ctx", "512")
+    done = ernie_gguf("run", tiny_bf16_gguf, "def main", "--temp", "0", "--ctx", "96")
     assert (done.code, bool(done.out.strip())) == (0, True)
 
 
@@ -117,7 +117,7 @@ def test_serve_takes_a_name(ernie_gguf: Command, hub: FakeHub, cache: Path, monk
 
     started: list[list[str]] = []
     monkeypatch.setattr(serve, "_execute", lambda command: started.append(list(command)))
-    assert ernie_gguf("serve", REPO, "--port", "8099", "--ctx", "512").code == 0
+    assert ernie_gguf("serve", REPO, "--port", "8099", "--ctx", "96").code == 0
     (command,) = started
     assert command[command.index("--model") + 1] == str(cache / made(cache)[0])
 
