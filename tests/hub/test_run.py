@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from ernie_gguf.engine import types as weighing
+from ernie_gguf.engine.memory import OWN_CARDS, Question
+from ernie_gguf.engine.types import weigh
 from ernie_gguf.serving import ready as getting
 from support.command_line import Command
 from support.hub_server import FakeHub
@@ -46,23 +48,17 @@ def test_a_name_becomes_an_answer(ernie_gguf: Command, hub: FakeHub, cache: Path
 def test_the_most_exact_type_that_fits(
     ernie_gguf: Command, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With memory for q8_0 and its cache, not for bf16."""
-    with weighing.weightless(hub.folder, getting_type("bf16")) as path:
-        bf16 = path.stat().st_size
-    monkeypatch.setattr(weighing, "main_memory", lambda: bf16)
-    done = ernie_gguf("run", REPO, "x", "--ctx", "96", "--temp", "0")
-    if done.code == 0:
-        assert made(cache)[0].endswith(("-Q8_0.gguf", "-Q4_0.gguf", "-CCQ2.gguf"))
-    monkeypatch.setattr(weighing, "main_memory", lambda: 1000)
+    found = {each.outtype.value: each for each in weigh(hub.folder, Question(96, "q8_0", ()), OWN_CARDS)}
+    assert found["q8_0"].in_memory < found["bf16"].in_memory
+    monkeypatch.setattr(weighing, "main_memory", lambda: found["q8_0"].in_memory)
+    assert ernie_gguf("run", REPO, "x", "--ctx", "96", "--temp", "0").code == 0
+    assert [Path(name).name for name in made(cache)] == ["ERNIE-4.5-21B-A3B-PT-Q8_0.gguf"]
     for path in cache.rglob("*.gguf"):
         path.unlink()
+    monkeypatch.setattr(weighing, "main_memory", lambda: 1000)
     refused = ernie_gguf("run", REPO, "x", "--ctx", "96")
     assert (refused.code, "no type of it fits this machine" in refused.err) == (1, True)
     assert made(cache) == []
-
-
-def getting_type(name: str) -> "weighing.Outtype":
-    return weighing.Outtype(name)
 
 
 def test_large_downloads_are_asked_about(

@@ -31,7 +31,7 @@ def configuration(title: str) -> str:
     return str(found)
 
 
-def ask(url: str, body: dict[str, Any]) -> Any:
+def ask(url: str, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)

@@ -183,15 +183,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is no error here."""
+
+
 @contextmanager
 def hub_server(folder: Path, repo: str) -> Iterator[FakeHub]:
-    """Serve `folder` as the repository `repo`, the large files from another port than the Hub."""
+    """Serve `folder` as the repository `repo`, the large files from another host than the Hub."""
     hub = FakeHub(folder, repo)
     handler = type("Handler", (_Handler,), {"hub": hub})
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+    servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    hub.endpoint, hub.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    # Two host names: older versions of huggingface_hub tell hosts apart by them alone.
+    ports = [server.server_address[1] for server in servers]
+    hub.endpoint, hub.storage = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
     try:
         yield hub
     finally:
