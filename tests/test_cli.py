@@ -395,7 +395,7 @@ def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     assert repacked["inexact"] == {}
 
 
-COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "chat", "eval"]
+COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "run", "chat", "eval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -480,4 +480,6 @@ def test_serve_wants_its_file_first(ernie_gguf: Command) -> None:
 
 
 def test_a_folder_is_not_a_missing_file(ernie_gguf: Command, tmp_path: Path) -> None:
-    assert ernie_gguf("inspect", tmp_path).err == f"error: {tmp_path}: is a folder, expected a GGUF file\n"
+    assert ernie_gguf("inspect", tmp_path).err.startswith(
+        f"error: {tmp_path}: config.json is missing; the folder is empty"
+    )

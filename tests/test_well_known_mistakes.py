@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ernie_gguf.convert import prepare
+from ernie_gguf.errors import CheckpointError
+from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from support.checkpoints import (
     EXAMPLE,
@@ -91,7 +94,6 @@ def test_another_file_for_a_gguf(ernie_gguf: Command, tmp_path: Path, kind: str)
 
 ADDRESSES = [
     "https://huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT",
-    "hf://baidu/ERNIE-4.5-21B-A3B-PT",
     "http://localhost/x",
 ]
 
@@ -109,8 +111,11 @@ def test_an_address(ernie_gguf: Command, tmp_path: Path, address: str, command: 
     assert said.endswith(": this is an address: download the repository and give its folder"), said
 
 
-def test_a_name_on_the_hub(ernie_gguf: Command) -> None:
-    assert refusal(ernie_gguf, "convert", "baidu/ERNIE-4.5-21B-A3B-PT@main") == (
+def test_a_name_on_the_hub_where_only_a_folder_will_do() -> None:
+    """The commands take names (tests/hub); who calls `prepare` gives a folder."""
+    with pytest.raises(CheckpointError) as refused:
+        prepare(Path("baidu/ERNIE-4.5-21B-A3B-PT@main"), Outtype.AUTO)
+    assert str(refused.value) == (
         "baidu/ERNIE-4.5-21B-A3B-PT@main: no such folder; if it is a name on the Hugging Face Hub, download it first, "
         "`hf download baidu/ERNIE-4.5-21B-A3B-PT --local-dir ERNIE-4.5-21B-A3B-PT`, and give that folder"
     )

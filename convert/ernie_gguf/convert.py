@@ -10,7 +10,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
-from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
+from .checkpoint.find_k_order import KOrderFinding, find_k_order
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.k_order import KOrder
 from .checkpoint.names import collect
@@ -109,15 +109,17 @@ def prepare(
     vision_tokens: VisionTokens = VisionTokens.ALL,
     *,
     k_order: KOrder = KOrder.AUTO,
+    look: bool = True,
 ) -> Job:
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing.
 
-    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it.
+    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it. Without
+    `look` headers are enough, and the plan is that of the natural order unless `k_order` says otherwise.
     """
     source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
     mapped = map_tensors(config, headers)
-    finding = find_k_order(config, collect(headers, config).sources)
+    finding = find_k_order(config, collect(headers, config).sources) if look else None
     order = k_order
     if k_order is KOrder.AUTO:
         order = finding.order if finding else KOrder.NATURAL
@@ -213,6 +215,27 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
+def output_files(
+    job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
+) -> tuple[list[Path], list[Plan], list[GGUFWriter]]:
+    """Name, plan and header of every file: the model's, then that of its eyes."""
+    check_mmproj(job, outfile, mmproj)
+    parts = split_plan(job.plan, split_max_bytes)
+    writers = [file_header(job, parts, number) for number in range(len(parts))]
+    paths = split_paths(outfile, len(parts))
+    if job.projector is not None and mmproj is not None:
+        parts.append(job.projector)
+        writers.append(projector_header(job, job.projector))
+        paths.append(mmproj)
+    return paths, parts, writers
+
+
+def require_k_order(job: Job) -> None:
+    """Raises CheckpointError where 2-bit experts do not tell their order of K and nobody has said it."""
+    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
+        raise_unclear(job.k_order_finding, str(job.source))
+
+
 def write_gguf(
     job: Job,
     outfile: Path,
@@ -228,16 +251,8 @@ def write_gguf(
     On failure nothing is left behind.
     """
     begin = time.monotonic()
-    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
-        raise_unclear(job.k_order_finding, str(job.source))
-    check_mmproj(job, outfile, mmproj)
-    parts = split_plan(job.plan, split_max_bytes)
-    writers = [file_header(job, parts, number) for number in range(len(parts))]
-    paths = split_paths(outfile, len(parts))
-    if job.projector is not None and mmproj is not None:
-        parts.append(job.projector)
-        writers.append(projector_header(job, job.projector))
-        paths.append(mmproj)
+    require_k_order(job)
+    paths, parts, writers = output_files(job, outfile, split_max_bytes, mmproj)
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Renamed in reverse, so that the file users load appears last.

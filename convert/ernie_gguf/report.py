@@ -16,19 +16,11 @@ from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact
+from .units import human
 from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
 _LONG_TEXT = 120
-
-
-def human(nbytes: float) -> str:
-    """Decimal units, as disks and download pages use: 12.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ whatever the model's size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
     return inexact
 
 
-def _write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
+def write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
     """The tensors that no checkpoint has."""
     starts = offsets(plan, data_offset)
     for tensor in plan.tensors:
@@ -123,16 +123,25 @@ def write_tensors(
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
-    _write_computed(plan, fd, data_offset, progress)
+    write_computed(plan, fd, data_offset, progress)
+    with ShardReader() as reader:
+        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
+        wanted = ((fd, piece) for piece in pieces(plan, data_offset) if not skip(piece.tensor))
+        return write_pieces(reader, wanted, threads, progress)
+
+
+def write_pieces(
+    reader: ShardReader, wanted: Iterable[tuple[int, Piece]], threads: int, progress: Progress
+) -> dict[str, Inexact]:
+    """Write pieces, each to its open file, in any order; returns what exact repacks lost, by tensor."""
     inexact: dict[str, Inexact] = {}
 
-    def written(piece: Piece) -> tuple[Piece, Inexact]:
+    def written(fd: int, piece: Piece) -> tuple[Piece, Inexact]:
         return piece, _write_piece(reader, fd, piece)
 
-    with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
-        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
-        wanted = (piece for piece in pieces(plan, data_offset) if not skip(piece.tensor))
-        with closing(in_order((partial(written, piece) for piece in wanted), executor, 2 * threads)) as results:
+    with ThreadPoolExecutor(threads) as executor:
+        calls = (partial(written, fd, piece) for fd, piece in wanted)
+        with closing(in_order(calls, executor, 2 * threads)) as results:
             for piece, found in results:
                 if found.rows:
                     inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + found

@@ -237,14 +237,15 @@ class ShardReader:
             os.close(fd)
         self._files.clear()
 
-    def open(self, paths: Iterable[Path]) -> None:
-        """Open the shards that later reads will use."""
+    def open(self, paths: Iterable[Path], folder: Path | None = None) -> None:
+        """Open the shards that later reads will use; with `folder` the files of their names in it."""
         for path in paths:
             if path not in self._files:
+                place = folder / path.name if folder else path
                 try:
-                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[path] = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as exc:
-                    raise CheckpointError(f"{path}: {exc.strerror}") from exc
+                    raise CheckpointError(f"{place}: {exc.strerror}") from exc
 
     def read_rows(self, tensor: TensorHeader, row: int, rows: int) -> AnyArray:
         """Rows `row` … `row + rows` of a tensor seen as [rows, K]; bfloat16 comes as its bits in uint16."""

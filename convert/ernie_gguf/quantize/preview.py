@@ -9,7 +9,7 @@ from ..convert import Job
 from ..errors import OutputError, QuantizeError
 from ..expected import Role
 from ..files import free_bytes
-from ..report import human
+from ..units import human
 from .needs import Needs
 from .settings import Settings
 from .text import Calibration
