@@ -26,7 +26,7 @@ MODES = pytest.mark.parametrize("mode", [FLOATS, INTEGERS], ids=["floats", "inte
 CPU = ("-dev", "none")
 # Where the matrices are computed: all on the device, or the experts on the CPU.
 PLACES = {"device": ("-ngl", "99"), "experts on the CPU": ("-ngl", "99", "--n-cpu-moe", "99")}
-# What Vulkan computes for no quantized type: broadcasts over dimension 3, permuted matrices. The CPU has no f16 columns.
+# Vulkan has no broadcasts over dimension 3 and no permuted matrices for any quantized type, the CPU no f16 columns.
 NOT_SUPPORTED = re.compile(r"type_b=f16|nr=\[\d,2\]|per=\[0,(?!1,2,3\])")
 
 

@@ -83,6 +83,8 @@ def configure(job: Job, report: Report, has_page: bool) -> None:
     command += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *job.options(has_page)]
     if nvcc := tools.find("nvcc"):
         command.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    if job.flavour is Flavour.VULKAN:
+        command.append(f"-DVulkan_GLSLC_EXECUTABLE={tools.find('glslc')}")
     stamp, wanted = job.build / ".configured", "\n".join(command)
     if (job.build / "build.ninja").exists() and stamp.is_file() and stamp.read_text() == wanted:
         return
