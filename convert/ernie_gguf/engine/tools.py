@@ -39,11 +39,13 @@ class ToolError(ErnieGgufError):
 
 
 def find(tool: str) -> str | None:
-    """Path of a tool: beside this Python, where pip puts it, on PATH, or in CUDA's own folder."""
+    """Path of a tool: beside this Python, where pip puts it, on PATH, or in CUDA's own folder; Vulkan's SDK first."""
     beside = str(Path(sys.executable).parent)
     places = [beside, os.environ.get("PATH", os.defpath)]
     if tool == "nvcc":
         places += [str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")]
+    if tool == "glslc" and (sdk := os.environ.get("VULKAN_SDK")):
+        places.insert(0, str(Path(sdk) / "bin"))
     return shutil.which(tool, path=os.pathsep.join(places))
 
 
