@@ -24,7 +24,7 @@ SEARCH_LIB := convert/ernie_gguf/ccq2/lib
 ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
+C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
