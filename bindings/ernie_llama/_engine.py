@@ -16,7 +16,8 @@ from ._lock import ContextLock, Lease
 from ._model import Model
 from ._mtmd import Eyes
 from ._pictures import Pictures, PictureSize
-from ._sampler import Sampler, Sampling
+from ._sampler import Sampler
+from ._sampling import Sampling
 from .llama_cache import longest_token_prefix
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class LlamaState:
         llama_state: the cache, as llama.cpp writes it.
         seed: seed of the next draw.
         pictures: what the negative ids among `input_ids` stand for.
+        model: tells files apart, see `Model.fingerprint`; empty in states of older versions.
     """
 
     input_ids: tuple[int, ...]
     llama_state: bytes
     seed: int
     pictures: tuple[PictureSize, ...] = ()
+    model: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -115,8 +118,17 @@ class Engine:
         del self.tokens[n:]
         self._n_rows, self._spared = 0, spared
 
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Check that tokens are in the vocabulary, or pictures; ValueError if one is not."""
+        n_vocab = self.model.n_vocab()
+        if tokens and (min(tokens) < 0 or max(tokens) >= n_vocab):
+            for token in tokens:
+                if token >= n_vocab or (token < 0 and token not in self.pictures):
+                    raise ValueError(f"token {token} is not in the vocabulary of {n_vocab} tokens")
+
     def eval(self, tokens: Sequence[int], n_outputs: int = 1) -> None:
         """As `Llama.eval`, with logits for the last `n_outputs` tokens of each batch; needs a lease."""
+        self.check_tokens(tokens)
         n_ctx = self.context.n_ctx
         if len(self.tokens) + len(tokens) > n_ctx:
             raise ValueError(f"Requested tokens ({len(self.tokens) + len(tokens)}) exceed context window of {n_ctx}")
@@ -243,7 +255,8 @@ class Engine:
         room = min(self.context.n_batch, self.context.n_ctx - len(self.tokens)) - 1
         guess = self._draft_model(np.array([*self.tokens, token], np.intc))
         drafted = [int(each) for each in guess[: max(room, 0)]]
-        return list(itertools.takewhile(lambda each: each >= 0, drafted))  # a picture is no guess
+        n_vocab = self.model.n_vocab()
+        return list(itertools.takewhile(lambda each: 0 <= each < n_vocab, drafted))  # a picture is no guess
 
     def _choose(self, sampler: Sampler, drafted: Sequence[int]) -> list[int]:
         """Choose the tokens that follow the evaluated ones before `drafted`, up to the first that was not drafted.
@@ -355,14 +368,29 @@ class Engine:
 
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""
-        return LlamaState(tuple(self.tokens), self.context.state(), seed, self.pictures.sizes(self.tokens))
+        sizes = self.pictures.sizes(self.tokens)
+        return LlamaState(tuple(self.tokens), self.context.state(), seed, sizes, self.model.fingerprint)
 
     def set_state(self, state: LlamaState) -> None:
-        """Restore a saved state; needs a lease."""
+        """Restore a saved state; needs a lease.
+
+        Raises:
+            ValueError: it belongs to another model or to other options, or its parts do not belong together.
+        """
+        if state.model and state.model != self.model.fingerprint:
+            raise ValueError("the state belongs to another model: it was saved by a Llama of another file")
+        tokens = self.pictures.restore(state.input_ids, state.pictures)
+        self.check_tokens(tokens)
         self.keep(0)
-        self.context.set_state(state.llama_state)
-        self.tokens = self.pictures.restore(state.input_ids, state.pictures)
-        self._spared = self.pictures.spared(self.tokens)
+        try:
+            self.context.set_state(state.llama_state)
+            spared = self.pictures.spared(tokens)
+            if self.context.n_positions() != len(tokens) - spared:
+                raise ValueError(f"the state does not hold the {len(tokens)} tokens that it names")
+        except BaseException:
+            self.keep(0)
+            raise
+        self.tokens, self._spared = tokens, spared
 
 
 def _unit(vector: list[float]) -> list[float]:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ LOAD_MODES = {
 # Every name that llama.cpp gives to the expert tensors of a layer.
 EXPERTS = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
+MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
+
 _rpc_lock = threading.Lock()
 _rpc_servers: set[str] = set()
 
@@ -66,14 +69,14 @@ def model_fields(
         TypeError: an option has the wrong type.
     """
     fields: dict[str, Any] = {
-        "n_gpu_layers": integer("n_gpu_layers", n_gpu_layers),
+        "n_gpu_layers": int32("n_gpu_layers", n_gpu_layers),
         "split_mode": enum_value("split_mode", split_mode, SPLIT_MODES),
-        "main_gpu": integer("main_gpu", main_gpu, 0),
+        "main_gpu": int32("main_gpu", main_gpu, 0),
         "load_mode": LOAD_MODES[flag("use_mmap", use_mmap), flag("use_mlock", use_mlock)],
     }
     if tensor_split:
         fields["tensor_split"] = _tensor_split(library, tensor_split)
-    overrides = _overrides(library, tensor_buft_overrides, integer("n_cpu_moe", n_cpu_moe, 0))
+    overrides = _overrides(library, tensor_buft_overrides, int32("n_cpu_moe", n_cpu_moe, 0))
     if overrides is not None:
         fields["tensor_buft_overrides"] = ctypes.cast(overrides, ctypes.c_void_p)  # keeps the array alive
     if kv_overrides:
@@ -103,18 +106,18 @@ def context_fields(
         TypeError: an option has the wrong type.
     """
     fields = {
-        "n_ctx": integer("n_ctx", n_ctx, 0),
-        "n_batch": integer("n_batch", n_batch, 1),
-        "n_ubatch": integer("n_ubatch", n_ubatch, 1),
+        "n_ctx": int32("n_ctx", n_ctx, 0),
+        "n_batch": int32("n_batch", n_batch, 1),
+        "n_ubatch": int32("n_ubatch", n_ubatch, 1),
         # More than tokens in a batch are of no use, and llama.cpp would abort the process.
-        "n_seq_max": min(integer("n_seq_max", n_seq_max, 1), n_batch),
+        "n_seq_max": min(int32("n_seq_max", n_seq_max, 1), n_batch, n_ctx or n_batch),
         "kv_unified": n_seq_max > 1,
-        "n_threads": integer("n_threads", n_threads or physical_cores(), 1),
+        "n_threads": int32("n_threads", n_threads or physical_cores(), 1, MAX_THREADS),
         "offload_kqv": flag("offload_kqv", offload_kqv),
         "embeddings": flag("embedding", embedding),
-        "pooling_type": integer("pooling_type", pooling_type),
+        "pooling_type": int32("pooling_type", pooling_type, -1, _structs.LLAMA_POOLING_TYPE_RANK),
     }
-    fields["n_threads_batch"] = integer("n_threads_batch", n_threads_batch or fields["n_threads"], 1)
+    fields["n_threads_batch"] = int32("n_threads_batch", n_threads_batch or fields["n_threads"], 1, MAX_THREADS)
     if embedding:
         fields["n_ubatch"] = fields["n_batch"]  # pooling needs the whole text in one micro-batch
     if flash_attn is not None:
@@ -138,6 +141,18 @@ def integer(name: str, value: Any, least: int | None = None) -> int:  # noqa: AN
         raise TypeError(f"{name} is {value!r}, expected an integer") from None
     if least is not None and result < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
+    return result
+
+
+def int32(name: str, value: Any, least: int = -(2**31), most: int = 2**31 - 1) -> int:  # noqa: ANN401
+    """`value` as an int that a field of llama.cpp holds; ctypes would cut off what is too large.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is out of range.
+    """
+    if (result := integer(name, value, least)) > most:
+        raise ValueError(f"{name} is {value}, expected at most {most}")
     return result
 
 
@@ -194,8 +209,10 @@ def _overrides(
         if name not in types:
             raise ValueError(f"tensor_buft_overrides: there is no buffer type {name!r}; there are {', '.join(types)}")
         try:
-            re.compile(pattern)  # llama.cpp would abort the process
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(pattern)  # llama.cpp would abort the process
+        except (re.error, RecursionError) as error:
             raise ValueError(
                 f"tensor_buft_overrides: {pattern!r} is not a valid regular expression: {error}"
             ) from error
@@ -209,17 +226,21 @@ def _kv_overrides(
     """The list for `kv_overrides`, ended by an empty key."""
     result = (_structs.llama_model_kv_override * (len(values) + 1))()
     for each, (key, value) in zip(result, values.items(), strict=False):
+        if not isinstance(key, str):
+            raise TypeError(f"kv_overrides: found the key {key!r}, expected a string")
         each.key = key.encode()[:127]
         if isinstance(value, bool):
             each.tag, each.val_bool = _structs.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
+        elif isinstance(value, int) and -(2**63) <= value < 2**63:
             each.tag, each.val_i64 = _structs.LLAMA_KV_OVERRIDE_TYPE_INT, value
         elif isinstance(value, float):
             each.tag, each.val_f64 = _structs.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
         elif isinstance(value, str) and len(value.encode()) < 128:
             each.tag, each.val_str = _structs.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
         else:
-            raise ValueError(f"kv_overrides: {key} is {value!r}, expected a bool, an int, a float or at most 127 bytes")
+            raise ValueError(
+                f"kv_overrides: {key} is {value!r}, expected a bool, an int of 64 bits, a float or at most 127 bytes"
+            )
     return result
 
 

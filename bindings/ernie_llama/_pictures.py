@@ -34,6 +34,10 @@ class Pictures:
         self._sizes: dict[int, PictureSize] = {}
         self._waiting: dict[int, Picture] = {}  # those that are not evaluated yet
 
+    def __contains__(self, picture_id: int) -> bool:
+        """Whether a negative id stands for a picture."""
+        return picture_id in self._sizes
+
     def ids(self, parts: Sequence[int | Picture]) -> list[int]:
         """The entries of a sequence of tokens and pictures."""
         out: list[int] = []
@@ -92,7 +96,7 @@ class Pictures:
     def restore(self, ids: Sequence[int], sizes: Sequence[PictureSize]) -> list[int]:
         """The entries of a saved sequence, perhaps another Llama's, by the ids of this one."""
         known = {size.id: self._register(*size[1:]) for size in sizes}
-        return [known[each] if each < 0 else each for each in ids]
+        return [known.get(each, each) for each in ids]
 
 
 def picture_bytes(value: Any, loader: ImageLoader | None) -> bytes:  # noqa: ANN401 - whatever a program passes

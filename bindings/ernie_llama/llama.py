@@ -22,7 +22,7 @@ from ._log import LOG
 from ._model import Model
 from ._output import MARKERS, THINK
 from ._pictures import ImageLoader
-from ._sampler import Sampling, SamplingOptions
+from ._sampling import Sampling, SamplingOptions
 from ._template import ChatTemplate
 from .llama_cache import longest_token_prefix
 from .llama_tokenizer import LlamaTokenizer
@@ -194,9 +194,9 @@ class Llama:
         )
         self._image_max_tokens = _options.integer("image_max_tokens", image_max_tokens, 0)
         self._image_loader = image_loader
-        self._model = Model(library, self.model_path, model_fields)
+        self._model = Model(library, self.model_path, model_fields, rare.get("kv_overrides"))
         self.metadata = self._model.metadata()
-        context_fields |= _compat.context_fields(rare, self.metadata)
+        context_fields |= _compat.context_fields(rare, self.metadata, context_fields["n_batch"])
         if n_seq_max > 1 and self._model.is_recurrent():
             raise ValueError(f"n_seq_max is {n_seq_max}, expected 1: texts cannot share the state of a recurrent model")
         self._ctx = Context(library, self._model, context_fields)
@@ -440,6 +440,7 @@ class Llama:
         Raises:
             ValueError: as `score`, before anything is evaluated.
         """
+        self._engine.check_tokens([token for tokens, _ in texts for token in tokens])
         requests = [self._request(index, tokens, n_scored) for index, (tokens, n_scored) in enumerate(texts)]
         return self._engine.score(requests)
 
@@ -482,7 +483,7 @@ class Llama:
 
     def _sampling(self, options: CompletionOptions, temp: float) -> Sampling:
         given = _compat.accepted("this method of Llama", options, _compat.COMPLETION, SamplingOptions.__annotations__)
-        return Sampling.from_options(given, temp=temp, penalty_last_n=self.last_n_tokens_size)
+        return Sampling.from_options(given, temp=temp, penalty_last_n=min(self.last_n_tokens_size, self.n_ctx()))
 
     def generate(
         self, tokens: Sequence[int], *, temp: float = 0.8, reset: bool = True, **options: Unpack[CompletionOptions]
@@ -571,7 +572,11 @@ class Llama:
         """
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise TypeError(f"the prompt is {type(prompt).__name__}, expected str or token ids")
-        tokens = self.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self.tokenize(prompt.encode(), special=True)
+        else:
+            tokens = [_options.integer("a token", token) for token in prompt]
+            self._engine.check_tokens(tokens)
         text = prompt if isinstance(prompt, str) else self._prompt_text(tokens)
         if echo and logprobs is not None and not self._engine.logits_all:
             raise ValueError("echo with logprobs needs the logits of the prompt: Llama(..., logits_all=True)")

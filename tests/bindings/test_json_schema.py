@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from ernie_llama import Llama
 from ernie_llama._json_schema import grammar, integer_range
-from ernie_llama._sampler import Sampler, Sampling
+from ernie_llama._sampler import Sampler
+from ernie_llama._sampling import Sampling
 from ernie_llama.llama_grammar import JSON_GBNF, LlamaGrammar
 from hypothesis import given
 from hypothesis import strategies as st
