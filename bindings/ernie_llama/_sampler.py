@@ -15,7 +15,7 @@ from . import _structs
 from ._handle import Handle
 from ._model import Model
 from ._processors import LogitsProcessor, StoppingCriteria
-from ._sampling import LARGEST_BIAS, Sampling
+from ._sampling import LARGEST_BIAS, Sampling, Thinking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +44,7 @@ class Sampler(Handle):
         self._processors = sampling.logits_processor
         self.stops = _any_of(sampling.stopping_criteria) if sampling.stopping_criteria else None
         self._grammar = None if sampling.grammar is None else sampling.grammar.sampler(library, model)
+        self._thought = None if sampling.thinking is None else _Thought(model, sampling.thinking)
         biases = _biases(sampling, self._n_vocab)
         chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
         super().__init__("sampler", chain, library.llama_sampler_free)
@@ -101,7 +102,9 @@ class Sampler(Handle):
         if self._processors:
             logits = self._processed(logits, evaluated)
         token = self._apply(_Candidates(logits))
-        if self._grammar is not None:
+        if self._thought is not None and self._thought.open:
+            token = self._thought.next(token)
+        elif self._grammar is not None:
             if token is None or not self._allows(self._grammar, token):
                 candidates = _Candidates(logits)
                 self._library.llama_sampler_apply(self._grammar.pointer, candidates.array)
@@ -149,6 +152,39 @@ class Sampler(Handle):
         array = _structs.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
         self._library.llama_sampler_apply(grammar.pointer, array)
         return bool(one.logit != -math.inf)
+
+
+class _Thought:
+    """Follows the text before the grammar's, and closes it when its budget is spent.
+
+    Attributes:
+        open: whether it has not ended yet.
+    """
+
+    def __init__(self, model: Model, thinking: Thinking) -> None:
+        self.open = True
+        self._model = model
+        self._end = thinking.end
+        self._left = thinking.budget
+        self._closing = list(thinking.closing)
+        self._text = b""
+
+    def next(self, token: int | None) -> int | None:
+        """The token that the model has chosen, or one that closes the thought."""
+        if self._left <= 0 or token is None or self._model.is_eog(token) or not self._ends_cleanly(token):
+            self._left = 0
+            token = self._closing.pop(0)
+        self._left -= 1
+        self._text = self._with(token)
+        self.open = bool(self._closing) and self._end not in self._text
+        return token
+
+    def _with(self, token: int) -> bytes:
+        return self._text[-256:] + self._model.token_to_piece(token, special=True)
+
+    def _ends_cleanly(self, token: int) -> bool:
+        """Whether `token` does not begin the answer too, which the grammar would not see."""
+        return not self._with(token).partition(self._end)[2].strip()
 
 
 def _any_of(criteria: Sequence[StoppingCriteria]) -> Callable[[Sequence[int], npt.NDArray[np.float32]], bool]:

@@ -107,6 +107,21 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """Text that comes before the grammar's.
+
+    Attributes:
+        end: ends it, such as `</think>`.
+        closing: the tokens that are written instead of further ones after `budget` tokens, or instead of an end token.
+        budget: the number of tokens that it may have, so that some are left for the answer.
+    """
+
+    end: bytes
+    closing: tuple[int, ...]
+    budget: int
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to choose the next token. Names and defaults are llama-cpp-python's; `temp <= 0` is greedy.
 
@@ -128,6 +143,7 @@ class Sampling:
     mirostat_eta: float = 0.1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: LlamaGrammar | None = None
+    thinking: Thinking | None = None
     logits_processor: Sequence[LogitsProcessor] = ()
     stopping_criteria: Sequence[StoppingCriteria] = ()
 

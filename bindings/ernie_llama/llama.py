@@ -13,14 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from . import _compat, _library, _options, _structs, _template
-from ._chat import ChatResults, format_grammar, tool_grammar
+from ._chat import ChatResults
+from ._chat_grammar import AnswerGrammar
 from ._compat import CompletionOptions, LlamaOptions
 from ._completion import Completion, Results, log_softmax
 from ._context import Context
 from ._engine import Engine, LlamaState
 from ._log import LOG
 from ._model import Model
-from ._output import MARKERS, THINK
+from ._output import END_THINK, MARKERS, THINK
 from ._pictures import ImageLoader
 from ._sampling import Sampling, SamplingOptions
 from ._template import ChatTemplate
@@ -738,15 +739,8 @@ class Llama:
         found: list[bytes] = []
         seen = self._without_pictures(messages, found)
         prompt = self.apply_chat_template(seen, visible_tools, chat_template_kwargs=chat_template_kwargs)
-        grammars = [
-            tool_grammar(tools, tool_choice),
-            format_grammar(response_format) if response_format is not None else None,
-            options.get("grammar"),
-        ]
-        given = [grammar for grammar in grammars if grammar is not None]
-        if len(given) > 1:
-            raise ValueError("grammar, response_format and a tool_choice that forces a call exclude each other")
-        options["grammar"] = given[0] if given else None
+        answer = AnswerGrammar.of(tools, tool_choice, response_format, options.pop("grammar", None))
+        thinks = answer.thinks(prompt.rstrip().endswith(THINK), self._template.source)
         completion = self._completion(
             self._chat_tokens(prompt, found),
             self._sampling(options, temperature),
@@ -755,9 +749,10 @@ class Llama:
             seed,
             (top_logprobs or 0) if logprobs else None,
         )
+        closing = self.tokenize(f"{END_THINK}\n\n".encode(), add_bos=False, special=True)
+        completion.sampling = answer.sampling(completion.sampling, thinks, closing, completion.limit)
         completion.visible = self._markers
-        thinking = prompt.rstrip().endswith(THINK)
-        results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinking)
+        results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinks)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(

@@ -103,7 +103,7 @@ def test_metadata_can_be_overridden(bf16: str) -> None:
         assert llm.token_bos() not in llm.tokenize(b"x")
     with Llama(bf16, n_threads=1, kv_overrides={"tokenizer.ggml.add_bos_token": True}) as llm:
         assert llm.tokenize(b"x")[0] == llm.token_bos()
-    with pytest.raises(ValueError, match=r"kv_overrides: a is \[\], expected a bool, an int of 64 bits, a float or at most 127"):
+    with pytest.raises(ValueError, match=r"kv_overrides: a is \[\], expected a bool, an int of 64 bits, a float or at"):
         Llama(bf16, kv_overrides={"a": []})  # type: ignore[dict-item]
 
 
