@@ -88,7 +88,7 @@ class Engine:
         self.model = model
         self.context = context
         self.logits_all = logits_all
-        self.lock = ContextLock()
+        self.lock = ContextLock(self._suspend, self._resume)
         self.tokens: list[int] = []
         self.pictures = Pictures(eyes)
         self._spared = 0  # positions that the tokens do not take, see Pictures.spared
@@ -102,7 +102,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and the model as soon as no thread computes. Open streams end."""
-        lease = self.lock.acquire_now()
+        lease = self.lock.close()
         try:
             self.context.close()
             if self.pictures.eyes is not None:
@@ -289,8 +289,8 @@ class Engine:
             self.set_state(state)
 
     def _save_to_cache(self, lease: Lease) -> None:
-        """Cache the current state, unless another call has taken over or closed the context."""
-        if self.cache is not None:
+        """Cache the current state, unless another call uses the context now, or it is closed."""
+        if self.cache is not None and self.lock.holds(lease):
             with contextlib.suppress(RuntimeError), lease:
                 self.cache[self.tokens] = self.state(0)
 
@@ -365,6 +365,17 @@ class Engine:
         if self.logits_all:
             self.keep(0)  # `scores` has no rows for these tokens
         return scores
+
+    def _suspend(self) -> tuple[LlamaState, npt.NDArray[np.float32] | None]:
+        """What `_resume` needs to continue from here after others have used the context; needs a lease."""
+        scores = self.scores() if self.logits_all else None
+        return self.state(0), None if scores is None else scores.copy()
+
+    def _resume(self, suspended: tuple[LlamaState, npt.NDArray[np.float32] | None]) -> None:
+        state, scores = suspended
+        self.set_state(state)
+        if scores is not None:
+            self._store_scores(0, scores)
 
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""

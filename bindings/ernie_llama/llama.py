@@ -55,8 +55,8 @@ class Llama:
     """A GGUF model that tokenizes, evaluates, generates and chats. Names are those of llama-cpp-python.
 
     A Llama does one thing at a time. Threads that share one wait for each other; a stream counts as one thing from
-    its first chunk to its last. If a thread leaves a stream unfinished and makes another call, the stream has ended,
-    and continuing it raises RuntimeError. `docs/python-api.md` lists the differences from llama-cpp-python.
+    its first chunk to its last. While its reader rests, other calls may come between; then it continues where it was.
+    `docs/python-api.md` lists the differences from llama-cpp-python.
 
     Attributes:
         model_path: path of the file.
