@@ -6,9 +6,10 @@ import contextlib
 import ctypes
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _structs
 from ._context import Context
@@ -88,7 +89,7 @@ class Engine:
         self.model = model
         self.context = context
         self.logits_all = logits_all
-        self.lock = ContextLock(self._suspend, self._resume)
+        self.lock = ContextLock(_unowned(self._suspend), _unowned(self._resume))
         self.tokens: list[int] = []
         self.pictures = Pictures(eyes)
         self._spared = 0  # positions that the tokens do not take, see Pictures.spared
@@ -143,7 +144,7 @@ class Engine:
         eyes, n_past = self.pictures.eyes, len(self.tokens) - self._spared
         if eyes is None:
             raise ValueError("the prompt holds a picture: pass Llama(mmproj_path=...)")
-        picture = self.pictures.waiting(cells[0])
+        picture = self.pictures.pixels(cells[0])
         self._n_rows = 0
         try:
             eyes.decode(picture, self.context.pointer, n_past, self.context.n_batch)
@@ -157,7 +158,6 @@ class Engine:
             self._store_scores(len(self.tokens), rows)
         self.tokens += cells
         self._spared += picture.tokens - picture.positions
-        self.pictures.evaluated(cells[0])
 
     def _eval_text(self, tokens: Sequence[int], n_outputs: int) -> None:
         for start in range(0, len(tokens), self.context.n_batch):
@@ -402,6 +402,18 @@ class Engine:
             self.keep(0)
             raise
         self.tokens, self._spared = tokens, spared
+
+
+def _unowned(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` without keeping its object alive, which holds what will call it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - as the method's
+        bound = reference()
+        assert bound is not None, "who uses the engine keeps it alive"
+        return bound(*arguments)
+
+    return call
 
 
 def _unit(vector: list[float]) -> list[float]:

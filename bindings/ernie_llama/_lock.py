@@ -141,7 +141,7 @@ class ContextLock:
         """Make `lease` the owner once that is possible; the condition's lock is held."""
         while True:
             if self._closed or lease.released:
-                raise RuntimeError("the Llama is closed, and its streams have ended: create a new Llama to go on")
+                raise RuntimeError("the Llama is closed: create a new Llama to go on; its streams have ended")
             rest = self._rest()
             if rest is not None and rest <= 0:
                 self._owner = lease

@@ -200,8 +200,10 @@ class Eyes(Handle):
         Raises:
             ValueError: a picture cannot be read, or there are more or fewer than markers.
         """
-        bitmaps = [self._bitmap(i, data) for i, data in enumerate(pictures)]
+        bitmaps: list[int] = []
         try:
+            for i, data in enumerate(pictures):
+                bitmaps.append(self._bitmap(i, data))
             return self._tokenize(prompt, bitmaps, add_special, [_digest(data) for data in pictures])
         finally:
             for bitmap in bitmaps:
