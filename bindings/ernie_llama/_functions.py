@@ -112,6 +112,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_clear": (None, [llama_memory_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [llama_memory_p, llama_seq_id, llama_pos, llama_pos]),
     "llama_memory_seq_cp": (None, [llama_memory_p, llama_seq_id, llama_seq_id, llama_pos, llama_pos]),
+    "llama_memory_seq_pos_max": (llama_pos, [llama_memory_p, llama_seq_id]),
     "llama_memory_seq_keep": (None, [llama_memory_p, llama_seq_id]),
     # sampling
     "llama_sampler_chain_default_params": (llama_sampler_chain_params, []),
