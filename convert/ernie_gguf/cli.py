@@ -1,5 +1,6 @@
 """The command `ernie-gguf`. Heavy imports happen inside the commands, so that --help is quick."""
 
+import io
 import os
 import shutil
 import signal
@@ -15,8 +16,9 @@ import typer
 
 from .engine.command import build
 from .engine.info import info
-from .errors import ErnieGgufError
+from .errors import ErnieGgufError, Stopped, leaving, one_line
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
+from .plain_help import PlainCommand
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
@@ -35,14 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: at 80 columns it cuts no option's name and breaks no list of choices
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def _version(value: bool) -> None:
@@ -86,7 +80,7 @@ def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterato
         yield lambda done: bar.advance(task, done)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def convert(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")],
     outfile: Annotated[
@@ -169,12 +163,12 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
         report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
         return
     _mention_leftovers(path.parent)
-    with _progress(job.nbytes) as progress:
+    with leaving("; no output was written, run the command again"), _progress(job.nbytes) as progress:
         result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
     report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -187,7 +181,7 @@ def inspect(
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
 
 
-@app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
+@app.command(cls=PlainCommand, short_help="Compare every weight of a GGUF with its checkpoint.")
 def verify(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
@@ -216,15 +210,16 @@ def verify(
         raise typer.Exit(1)
 
 
-app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(quantize)
-app.command(short_help="Build the patched llama.cpp and install it for this user.")(build)
-app.command(short_help="Show the llama.cpp in use; say whether a file fits.")(info)
+app.command(cls=PlainCommand, short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(quantize)
+app.command(cls=PlainCommand, short_help="Build the patched llama.cpp and install it for this user.")(build)
+app.command(cls=PlainCommand, short_help="Show the llama.cpp in use; say whether a file fits.")(info)
 app.command(
+    cls=PlainCommand,
     short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
     context_settings={"ignore_unknown_options": True},
 )(serve)
-app.command()(chat)
-app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
+app.command(cls=PlainCommand)(chat)
+app.command("eval", cls=PlainCommand, short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
 
 
 def _mention_leftovers(folder: Path) -> None:
@@ -238,7 +233,7 @@ def _mention_leftovers(folder: Path) -> None:
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # cleaning up takes no longer than one piece
-    raise _Stopped(number)
+    raise Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -254,12 +249,21 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _os_error(exc: OSError) -> str:
-    place = f"{exc.filename}: " if exc.filename else ""
-    return f"{place}{exc.strerror or exc}"
+    # The path goes through the error's repr nowhere: bytes that are no text are shown by _fail.
+    place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, (str, bytes)) else ""
+    return f"{place}{exc.strerror or one_line(exc)}"
+
+
+def _print_anything() -> None:
+    """Let stdout and stderr escape what their encoding cannot hold: names in checkpoints and paths may be anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 bad input or output, 2 wrong usage, 130 and 143 interrupted."""
+    _print_anything()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -274,8 +278,5 @@ def main() -> None:
         _fail(_os_error(exc), 1)
     except MemoryError:
         _fail("out of memory", 1)
-    except _Stopped as stop:
-        _fail(
-            f"stopped by {signal.Signals(stop.number).name}; no output was written, run the command again",
-            128 + stop.number,
-        )
+    except Stopped as stop:
+        _fail(f"stopped by {signal.Signals(stop.number).name}{stop.left}", 128 + stop.number)

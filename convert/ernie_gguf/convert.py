@@ -1,5 +1,6 @@
 """Conversion from top to bottom: read headers, plan, write."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -65,9 +66,8 @@ class ConvertResult:
 def model_name(source: Path) -> str:
     """The repository's name: the folder's, or in a download cache that of the folder above `snapshots`."""
     path = source.resolve()
-    if path.parent.name == "snapshots":
-        return path.parents[1].name.rsplit("--", 1)[-1]
-    return path.name
+    name = path.parents[1].name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
+    return os.fsencode(name).decode(errors="replace")  # bytes of a path need not be text
 
 
 def refuse_split(source: Path) -> None:

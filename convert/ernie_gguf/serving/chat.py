@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from .model_file import check_model
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -40,10 +41,11 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     """Chat with FILE in the terminal."""
     from ernie_llama import Llama
 
+    metadata = check_model(file, ChatError)
     try:
         llm = Llama(
             file,
-            n_ctx=n_ctx,
+            n_ctx=context(metadata, n_ctx),
             n_threads=threads or None,
             n_gpu_layers=n_gpu_layers,
             n_cpu_moe=n_cpu_moe,
@@ -58,6 +60,15 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     with llm:
         typer.echo(HELP, err=True)
         converse(llm, _lines(), _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+
+
+def context(metadata: Mapping[str, Any], wanted: int) -> int:
+    """The tokens to make room for: as many as are wanted, but no more than the model was trained with."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or not 0 < trained < wanted:
+        return wanted
+    typer.echo(f"note: room for {trained} tokens, with which the model was trained, instead of {wanted}", err=True)
+    return trained
 
 
 def converse(
