@@ -57,8 +57,8 @@ def _options(
 
 
 @contextmanager
-def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterator["Progress"]:
-    """A bar with rate and time left on stderr if that is a terminal."""
+def _progress(total: int, verb: str = "Writing", bytes_: bool = True, even: bool = True) -> Iterator["Progress"]:
+    """A bar with rate and, if all parts take alike, time left on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -74,7 +74,8 @@ def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterato
     )
 
     amount = (DownloadColumn(), TransferSpeedColumn()) if bytes_ else (TaskProgressColumn(show_speed=True),)
-    columns = (TextColumn(verb), BarColumn(), *amount, TimeRemainingColumn())
+    left = (TimeRemainingColumn(),) if even else ()
+    columns = (TextColumn(verb), BarColumn(), *amount, *left)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=total)
         yield lambda done: bar.advance(task, done)
@@ -146,7 +147,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
-    from .convert import check_mmproj, output_path, prepare, split_plan, write_gguf
+    from .convert import check_mmproj, output_path, prepare, slow_note, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
     from .plan import choose
 
@@ -163,7 +164,9 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
         report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
         return
     _mention_leftovers(path.parent)
-    with leaving("; no output was written, run the command again"), _progress(job.nbytes) as progress:
+    if slow := slow_note(job.plan):
+        sys.stderr.write(f"note: {slow}\n")
+    with leaving("; no output was written, run the command again"), _progress(job.nbytes, even=not slow) as progress:
         result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
     report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from gguf import GGUFWriter
 
+from .ccq2 import native
 from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.shards import TensorHeader, read_headers, stale_weights
@@ -20,12 +22,14 @@ from .errors import CheckpointError, OutputError
 from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
+from .gguf_file.types import GgmlType
 from .gguf_file.writer import add_tensor, unfinished
 from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
 from .plan import Choices, Plan, make_plans
 from .transform import Inexact
 from .write import Progress, data_nbytes, write_tensors
 
+_NUMPY_RATE = 48_000  # weights per second that numpy encodes as ccq2, whatever the threads: 65 s for the example
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
 
 
@@ -169,6 +173,21 @@ def _with_tensors(writer: GGUFWriter, plan: Plan) -> GGUFWriter:
     for tensor in plan.tensors:
         add_tensor(writer, tensor.name, tensor.file_shape or tensor.shape, tensor.ggml_type, tensor.nbytes)
     return writer
+
+
+def slow_note(plan: Plan) -> str:
+    """That numpy has to encode ccq2, how long it takes and how to mend it; nothing if the compiled encoder is there."""
+    weights = sum(
+        tensor.elements
+        for tensor in plan.tensors
+        if tensor.ggml_type is GgmlType.CCQ2 and not any(part.source.storage.quantized for part in tensor.parts)
+    )
+    if not weights or native.library() is not None:
+        return ""
+    return (
+        f"the compiled encoder is missing, and numpy takes about {timedelta(seconds=weights // _NUMPY_RATE)} for "
+        f"{weights:,} weights, 80 times as long: `make search` in a checkout or `ernie-gguf build` compiles it"
+    )
 
 
 def _check_disk(paths: list[Path], plans: list[Plan]) -> None:
