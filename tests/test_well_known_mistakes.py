@@ -100,7 +100,11 @@ ADDRESSES = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address(ernie_gguf: Command, tmp_path: Path, address: str, command: tuple[str, ...]) -> None:
     convert(make(tmp_path / "source", SPEC), tmp_path / "x.gguf")
-    more = {"verify": [tmp_path / "x.gguf"], "quantize": ["--calibration", tmp_path / "x.gguf"], "convert": []}
+    more: dict[str, list[str | Path]] = {
+        "verify": [tmp_path / "x.gguf"],
+        "quantize": ["--calibration", tmp_path / "x.gguf"],
+        "convert": [],
+    }
     said = refusal(ernie_gguf, *command, address, *more[command[0]])
     assert said.endswith(": this is an address: download the repository and give its folder"), said
 
