@@ -1,4 +1,7 @@
-"""Show what the files that `make demo` has converted weigh, and what each writes for the same prompt."""
+"""Show what the files that `make demo` has converted weigh, and what each writes for the same prompt.
+
+python examples/demo.py build/demo/ernie-tiny-bf16.gguf build/demo/ernie-tiny-ccq2.gguf
+"""
 
 from __future__ import annotations
 
@@ -31,4 +34,6 @@ def main(paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main([Path(name) for name in sys.argv[1:]])

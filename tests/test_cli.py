@@ -18,6 +18,7 @@ from unittest.mock import ANY
 import pytest
 from ernie_gguf import convert
 from ernie_gguf import write as execute
+from ernie_gguf.ccq2 import native
 from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.transform import Inexact
@@ -56,6 +57,19 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_missing_encoder_is_said_before_it_takes_its_time(
+    ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(execute, "_write_piece", no_space)
+    options = ("convert", source, "--outfile", tmp_path / "out.gguf", "--outtype")
+    note, error = ernie_gguf(*options, "ccq2").err.splitlines()
+    assert note.startswith("note: the compiled encoder is missing, and numpy takes about 0:00:08 for 393,216 weights, ")
+    assert note.endswith("`make search` in a checkout or `ernie-gguf build` compiles it")
+    assert error.startswith("error: ")
+    assert ernie_gguf(*options, "q8_0").err.count("\n") == 1
 
 
 def test_convert_json(ernie_gguf: Command, source: Path, tmp_path: Path) -> None:

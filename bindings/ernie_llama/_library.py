@@ -15,8 +15,9 @@ from . import _abi, _functions, _log
 
 LIBRARY_NAME = {"darwin": "libllama.dylib", "win32": "llama.dll"}.get(sys.platform, "libllama.so")
 PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parents[1]  # or what lies there in an installed package: site-packages' parent
 # The Makefile's default build folder, if this is an editable install of a checkout.
-CHECKOUT_BIN = PACKAGE.parents[1] / "build" / "cpu" / "bin"
+CHECKOUT_BIN = CHECKOUT / "build" / "cpu" / "bin" if (CHECKOUT / "ggml_patch").is_dir() else None
 
 
 class Place(NamedTuple):
@@ -35,10 +36,8 @@ class LibraryNotFoundError(OSError):
 
     def __init__(self, tried: list[tuple[Place, str]]) -> None:
         lines = [f"  {place.path} ({place.origin}): {why}" for place, why in tried]
-        hint = (
-            "run `ernie-gguf build`, or `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the "
-            "build's bin folder"
-        )
+        make = "" if CHECKOUT_BIN is None else ", or `make build` in the ernie-gguf checkout"
+        hint = f"run `ernie-gguf build`{make}, or set ERNIE_LLAMA_LIB_PATH to the build's bin folder"
         super().__init__("\n".join([f"{LIBRARY_NAME} was not found; tried:", *lines, hint]))
 
 
@@ -79,8 +78,8 @@ def places() -> list[Place]:
         built.insert(0, Place("built by `ernie-gguf build --vulkan`", data / "vulkan"))
     if (data / "cuda").is_dir() and has_nvidia_device():
         built.insert(0, Place("built by `ernie-gguf build --cuda`", data / "cuda"))
-    checkout = Place("build of the checkout", CHECKOUT_BIN)
-    return [package, *built, checkout] if package.path.is_symlink() else [*built, package, checkout]
+    checkout = [] if CHECKOUT_BIN is None else [Place("build of the checkout", CHECKOUT_BIN)]
+    return [package, *built, *checkout] if package.path.is_symlink() else [*built, package, *checkout]
 
 
 def find() -> tuple[Place, Path]:

@@ -1,5 +1,6 @@
 """The command `ernie-gguf`. Heavy imports happen inside the commands, so that --help is quick."""
 
+import io
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ from .bars import progress_bar as _progress
 from .checkpoint.k_order import KOrder
 from .engine.command import build
 from .engine.info import info
-from .errors import ErnieGgufError
+from .errors import ErnieGgufError, Stopped, leaving, one_line
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 from .hub.lazy import takes_names
+from .plain_help import PlainCommand
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
@@ -46,14 +48,6 @@ app = typer.Typer(
 )
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def _version(value: bool) -> None:
     if value:
         from importlib.metadata import version
@@ -71,7 +65,7 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def convert(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint, or a name on the Hub.")
@@ -146,7 +140,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
-    from .convert import check_mmproj, output_path, prepare, split_plan, write_gguf
+    from .convert import check_mmproj, output_path, prepare, slow_note, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
     from .hub.k_order import fetch_for_k_order
     from .hub.source import opened
@@ -176,6 +170,8 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             announce(job, place, path, mmproj)
             return
         _mention_leftovers(path.parent)
+        if slow := slow_note(job.plan):
+            sys.stderr.write(f"note: {slow}\n")
         if stream and place.repository is not None:
             streamed = plan_stream(job, place.repository, path, split_bytes, mmproj)
             check_disk(streamed)
@@ -185,12 +181,13 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
                 folder = downloaded(job, place, path, overwrite, mmproj)
                 job = prepare(folder, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
                 _mention_k_order(source, job.k_order_finding, ccq_k_order)
-            with _progress(job.nbytes) as progress:
+            stopped = leaving("; no output was written, run the command again")
+            with stopped, _progress(job.nbytes, even=not slow) as progress:
                 result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
         report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
-@app.command(short_help="Show what a GGUF file, or a checkpoint, holds.")
+@app.command(cls=PlainCommand, short_help="Show what a GGUF file, or a checkpoint, holds.")
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a checkpoint: a folder or a name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -210,7 +207,7 @@ def inspect(
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
 
 
-@app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
+@app.command(cls=PlainCommand, short_help="Compare every weight of a GGUF with its checkpoint.")
 @takes_names
 def verify(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
@@ -248,16 +245,19 @@ def verify(  # noqa: PLR0917 - typer makes options of the parameters
         raise typer.Exit(1)
 
 
-app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(takes_names(quantize))
-app.command(short_help="Build the patched llama.cpp and install it for this user.")(build)
-app.command(short_help="Show the llama.cpp in use; say whether a file fits.")(info)
+app.command(cls=PlainCommand, short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(
+    takes_names(quantize)
+)
+app.command(cls=PlainCommand, short_help="Build the patched llama.cpp and install it for this user.")(build)
+app.command(cls=PlainCommand, short_help="Show the llama.cpp in use; say whether a file fits.")(info)
 app.command(
+    cls=PlainCommand,
     short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
     context_settings={"ignore_unknown_options": True},
 )(serve)
-app.command(short_help="From a name on the Hub to a chat: download, convert, talk.")(run)
-app.command()(chat)
-app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
+app.command(cls=PlainCommand, short_help="From a name on the Hub to a chat: download, convert, talk.")(run)
+app.command(cls=PlainCommand)(chat)
+app.command("eval", cls=PlainCommand, short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
 
 
 def _mention_k_order(source: Path, finding: "KOrderFinding | None", asked: KOrder) -> None:
@@ -281,7 +281,7 @@ def _mention_leftovers(folder: Path) -> None:
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # cleaning up takes no longer than one piece
-    raise _Stopped(number)
+    raise Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -297,12 +297,21 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _os_error(exc: OSError) -> str:
-    place = f"{exc.filename}: " if exc.filename else ""
-    return f"{place}{exc.strerror or exc}"
+    # The path goes through the error's repr nowhere: bytes that are no text are shown by _fail.
+    place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, (str, bytes)) else ""
+    return f"{place}{exc.strerror or one_line(exc)}"
+
+
+def _print_anything() -> None:
+    """Let stdout and stderr escape what their encoding cannot hold: names in checkpoints and paths may be anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 bad input or output, 2 wrong usage, 130 and 143 interrupted."""
+    _print_anything()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -317,8 +326,5 @@ def main() -> None:
         _fail(_os_error(exc), 1)
     except MemoryError:
         _fail("out of memory", 1)
-    except _Stopped as stop:
-        _fail(
-            f"stopped by {signal.Signals(stop.number).name}; no output was written, run the command again",
-            128 + stop.number,
-        )
+    except Stopped as stop:
+        _fail(f"stopped by {signal.Signals(stop.number).name}{stop.left}", 128 + stop.number)

@@ -1,14 +1,17 @@
 """Conversion from top to bottom: read headers, plan, write."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from gguf import GGUFWriter
 
+from .ccq2 import native
 from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
@@ -22,6 +25,7 @@ from .errors import CheckpointError, OutputError
 from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
+from .gguf_file.types import GgmlType
 from .gguf_file.writer import add_tensor, unfinished
 from .mapping import map_tensors
 from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
@@ -29,6 +33,7 @@ from .plan import Choices, Plan, make_plans, resolve_auto
 from .transform import Inexact
 from .write import Progress, data_nbytes, write_tensors
 
+_NUMPY_RATE = 48_000  # weights per second that numpy encodes as ccq2, whatever the threads: 65 s for the example
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
 
 
@@ -71,9 +76,8 @@ class ConvertResult:
 def model_name(source: Path) -> str:
     """The repository's name: the folder's, or in a download cache that of the folder above `snapshots`."""
     path = source.resolve()
-    if path.parent.name == "snapshots":
-        return path.parents[1].name.rsplit("--", 1)[-1]
-    return path.name
+    name = path.parents[1].name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
+    return os.fsencode(name).decode(errors="replace")  # bytes of a path need not be text
 
 
 def refuse_split(source: Path) -> None:
@@ -197,6 +201,21 @@ def _with_tensors(writer: GGUFWriter, plan: Plan) -> GGUFWriter:
     for tensor in plan.tensors:
         add_tensor(writer, tensor.name, tensor.file_shape or tensor.shape, tensor.ggml_type, tensor.nbytes)
     return writer
+
+
+def slow_note(plan: Plan) -> str:
+    """That numpy has to encode ccq2, how long it takes and how to mend it; nothing if the compiled encoder is there."""
+    weights = sum(
+        tensor.elements
+        for tensor in plan.tensors
+        if tensor.ggml_type is GgmlType.CCQ2 and not any(part.source.storage.quantized for part in tensor.parts)
+    )
+    if not weights or native.library() is not None:
+        return ""
+    return (
+        f"the compiled encoder is missing, and numpy takes about {timedelta(seconds=weights // _NUMPY_RATE)} for "
+        f"{weights:,} weights, 80 times as long: `make search` in a checkout or `ernie-gguf build` compiles it"
+    )
 
 
 def _check_disk(paths: list[Path], plans: list[Plan]) -> None:

@@ -1,12 +1,14 @@
 """What the commands print: rich tables for people, dictionaries for --json."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -21,6 +23,7 @@ from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
 _LONG_TEXT = 120
+_NARROWEST = 9  # characters of a column whose text may go on in the next line: the longest verdict
 
 
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
@@ -131,7 +134,7 @@ def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, 
     return plan_json(job.plan, paths) | small | eyes
 
 
-def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
+def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[RenderableType]:
     """All plans of a conversion for people."""
     eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
     notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed) + _notes(job)
@@ -150,7 +153,7 @@ def _origin(tensor: TensorPlan) -> str:
     return f"{first.name} {first.dtype}" + (f" and {rest} more" if rest else "")
 
 
-def plan_table(plan: Plan, paths: Sequence[Path], notes: Sequence[Text] = ()) -> list[Any]:
+def plan_table(plan: Plan, paths: Sequence[Path], notes: Sequence[Text] = ()) -> list[RenderableType]:
     """The plan for people; `paths` are the files it will make, `notes` stand above the totals."""
     tensors = table(whole("tensor"), right("ne"), "type", right("size"), "from")
     for tensor in plan.tensors:
@@ -162,7 +165,7 @@ def plan_table(plan: Plan, paths: Sequence[Path], notes: Sequence[Text] = ()) ->
             human(tensor.nbytes),
             Text(_origin(tensor) + note),
         )
-    out: list[Any] = [tensors, ""]
+    out: list[RenderableType] = [tensors, ""]
     for header, reason in plan.dropped:
         out.append(Text(f"dropped: {header.name}: {reason}"))
     out += [*notes, ""] if notes else []
@@ -219,12 +222,12 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
     }
 
 
-def result_text(job: Job, result: ConvertResult) -> list[Any]:
+def result_text(job: Job, result: ConvertResult) -> list[RenderableType]:
     """The summary of a conversion for people."""
     plan = job.plan
     types = _plan_types(plan)
     rate = human(result.nbytes / result.seconds)
-    lines: list[Any] = [_types_table(types), ""]
+    lines: list[RenderableType] = [_types_table(types), ""]
     if plan.dropped:
         lines.append(Text(f"dropped {len(plan.dropped)} tensors (--dry-run names them and the reasons)"))
     lines += _inexact_text(result.inexact)
@@ -276,7 +279,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= _LONG_TEXT else f"{text[:_LONG_TEXT]}… ({len(text)} characters)"
 
 
-def file_table(file: GgufFile) -> list[Any]:
+def file_table(file: GgufFile) -> list[RenderableType]:
     """A GGUF file for people."""
     metadata = table(whole("key"), "value")
     for key, value in file.metadata.items():
@@ -291,16 +294,38 @@ def file_table(file: GgufFile) -> list[Any]:
     return [metadata, "", tensors, "", _types_table(types), "", Text(total)]
 
 
-def show(output: dict[str, Any] | list[Any]) -> None:
-    """Print JSON, or tables and lines. Piped tables are as wide as they need to be."""
+def show(output: dict[str, Any] | Sequence[RenderableType]) -> None:
+    """Print JSON, or tables and lines. Piped tables, and those for which a terminal is too narrow, have their width."""
     if isinstance(output, dict):
-        print(json.dumps(output, indent=1, ensure_ascii=False))
+        print(_json(output))
         return
-    console = Console(highlight=False)
-    if console.is_terminal:
+    console = Console(highlight=False, markup=False)
+    least = max((least_width(each) for each in output if isinstance(each, Table)), default=0)
+    if console.is_terminal and console.width >= least:
         console.print(*output, sep="\n")
         return
-    wide = Console(highlight=False, width=400)
+    wide = Console(highlight=False, markup=False, width=least if console.is_terminal else 400)
     with wide.capture() as capture:
-        wide.print(*output, sep="\n")
+        wide.print(*output, sep="\n", soft_wrap=console.is_terminal)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def least_width(shown: Table) -> int:
+    """The width below which rich would cut or drop what a table says."""
+    console = Console(width=10_000, markup=False)
+    widths = []
+    for column in shown.columns:
+        cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+        longest = max((cell.maximum for cell in cells), default=0)
+        widths.append(longest if column.no_wrap else min(longest, _NARROWEST))
+    return sum(widths) + 2 * max(0, len(widths) - 1)
+
+
+def _json(output: dict[str, Any]) -> str:
+    """JSON that stdout's encoding can hold."""
+    text = json.dumps(output, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(output, indent=1)
+    return text

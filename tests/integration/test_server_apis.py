@@ -68,7 +68,8 @@ def test_a_message_names_the_stop_sequence(plain_server: Server, stream: bool) -
 
 
 def test_other_ends_of_a_message_name_no_sequence(plain_server: Server) -> None:
-    for options in ({}, {"stop_sequences": ["never"]}):
+    either: tuple[dict[str, Any], ...] = ({}, {"stop_sequences": ["never"]})
+    for options in either:
         _, raw = post(connect(plain_server.port), MESSAGES.path, MESSAGES.request("def f", **options))
         answer = json.loads(raw)
         assert (answer["stop_reason"], answer["stop_sequence"]) == ("max_tokens", None)
@@ -87,7 +88,7 @@ REFUSED: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED, ids=str)
-def test_what_the_server_does_not_have_is_refused_by_name(plain_server: Server, key: str, value: object) -> None:
+def test_what_the_server_does_not_have_is_refused_by_name(plain_server: Server, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
     assert f"'{key}" in RESPONSES.refusal(plain_server.port, RESPONSES.request("x", **{key: value}))
 
 

@@ -47,10 +47,11 @@ TEXT = [5, True, [], {}]
 TEXTS = [5, True, {}, [5], [None]]
 LIST = [5, "x", True]
 OBJECT = [5, "x", True, []]
-BIAS = [5, "x", True, [5], [["a"]], [[1, "x"]], [[None, 1]], {"5": "x"}, {"5": None}]
-PROMPT = [None, {}, True, [{}], [-1], [10**9], [None]]
-CONTENT = [5, {}, [5], ["x"], [{}], [{"type": 5}], [{"type": "text", "text": 5}], [{"type": "nope"}]]
-CHAT_MESSAGES = [
+BIAS: list[Any] = [5, "x", True, [5], [["a"]], [[1, "x"]], [[None, 1]], {"5": "x"}, {"5": None}]
+PROMPT: list[Any] = [None, {}, True, [{}], [-1], [10**9], [None]]
+CONTENT: list[Any] = [5, {}, [5], ["x"], [{}], [{"type": 5}], [{"type": "text", "text": 5}], [{"type": "nope"}]]
+NOT_CALLS: list[Any] = [5, [5], [{}]]
+CHAT_MESSAGES: list[Any] = [
     *(None, 5, "x", {}, [5], ["x"], [{}]),
     *(
         [{"role": 5, "content": "x"}],
@@ -66,11 +67,11 @@ CHAT_MESSAGES = [
     ),
     *(called(call) for call in (5, {"name": "f"}, {"arguments": "{}"}, {"name": 5, "arguments": "{}"})),
     called({"name": "f", "arguments": "{broken"}),
-    *([*user("x"), {"role": "assistant", "tool_calls": calls}] for calls in (5, [5], [{}])),
+    *([*user("x"), {"role": "assistant", "tool_calls": calls}] for calls in NOT_CALLS),
     [*user("x"), {"role": "assistant", "content": "x", "reasoning_content": 5}],
     [*user("x"), {"role": "tool", "content": "x", "tool_call_id": 5}],
 ]
-MESSAGES_MESSAGES = [
+MESSAGES_MESSAGES: list[Any] = [
     *(None, 5, "x", {}, [5], ["x"], [{}]),
     *([{"role": 5, "content": "x"}], [{"content": "x"}], [{"role": "user"}], [{"role": "assistant"}]),
     *(user(content) for content in CONTENT),
@@ -78,7 +79,7 @@ MESSAGES_MESSAGES = [
     user([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "xx"}}]),
     user([{"type": "tool_result", "content": 5}]),
 ]
-INPUT = [
+INPUT: list[Any] = [
     *(None, 5, True, {}, [5], [{}], [{"role": 5, "content": "x"}], [{"role": "user", "content": 5}]),
     user([{"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"}]),
     user([{"type": "input_text"}]),

@@ -67,7 +67,7 @@ ALLOWED = {
 }
 NONE = {CHAT: "none", RESPONSES: "none", MESSAGES: {"type": "none"}}
 AUTO = {CHAT: "auto", RESPONSES: "auto", MESSAGES: {"type": "auto"}}
-NOT_PARALLEL = {
+NOT_PARALLEL: dict[Door, dict[str, Any]] = {
     CHAT: {"tool_choice": ANY[CHAT], "parallel_tool_calls": False},
     RESPONSES: {"tool_choice": ANY[RESPONSES], "parallel_tool_calls": False},
     MESSAGES: {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}},

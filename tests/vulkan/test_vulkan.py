@@ -133,7 +133,7 @@ def test_pictures_are_read_the_same(programs: Programs, tmp_path: Path) -> None:
     write_gguf(prepare(VL_TINY, Outtype("ccq2")), model, 1, False, lambda _: None, mmproj=eyes)
 
     def answer(picture: Path, *options: str) -> str:
-        asked = ["-m", model, "--mmproj", eyes, "--image", picture, "-p", "What is written here?"]
+        asked: list[str | Path] = ["-m", model, "--mmproj", eyes, "--image", picture, "-p", "What is written here?"]
         fixed = ["-t", "2", "--temp", "0", "-n", "16", "--jinja"]
         return programs.run(FLOATS, "llama-mtmd-cli", *asked, *fixed, *options).stdout.strip()
 

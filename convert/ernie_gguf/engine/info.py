@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from .memory import Model, Plan, Question
@@ -106,7 +107,7 @@ def _library() -> dict[str, Any]:
     return {**asdict(found), "path": str(found.path), "devices": devices, "built": built, "notes": notes}
 
 
-def _library_text(found: dict[str, Any]) -> list[Any]:
+def _library_text(found: dict[str, Any]) -> list[RenderableType]:
     from ..report import right, table
 
     has = {True: "yes", False: "no"}
@@ -150,10 +151,10 @@ def _kv_per_1k(model: Model) -> dict[str, int]:
     return {kv: model.n_layers * model.kv_bytes(1024, kv) for kv in ("f16", "q8_0")}
 
 
-def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[Any]:
+def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[RenderableType]:
     weights = model.input + sum(model.experts) + sum(model.rest) - (model.input if model.tied else 0)
     kv = ", ".join(f"{size / 2**20:.1f} MiB as {name}" for name, size in _kv_per_1k(model).items())
-    lines: list[Any] = [
+    lines: list[RenderableType] = [
         f"{model.path}: weights {_gib(weights)}; KV cache per 1K tokens {kv}",
         f"context of {question.n_ctx} tokens, KV cache {question.kv}",
     ]

@@ -262,6 +262,13 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     return cursor.count(25), cursor.count(13)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The keys of one file, whatever types its tensors have. Raises GgufError."""
+    cursor, _ = _open(path)
+    _, n_keys = _counts(cursor)
+    return _read_metadata(cursor, n_keys)
+
+
 def _read_one(path: Path) -> GgufFile:
     cursor, version = _open(path)
     n_tensors, n_keys = _counts(cursor)

@@ -147,16 +147,22 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
 @contextmanager
 def _resume_note(outfile: Path, layers: int) -> Iterator[None]:
     """If the block fails, say on stderr what the run has left and how to resume it."""
-    from ..errors import WorkspaceError
+    from ..errors import Stopped, WorkspaceError
     from .workspace import layers_done, partial_path
 
     try:
         yield
     except WorkspaceError:
         raise  # the folder belongs to another run, or is damaged
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Stopped):
+            error.left = "; no output was written, run the command again"
         if done := layers_done(partial := partial_path(outfile)):
-            _say(f"note: {done} of {layers} layers are done and kept in {partial}; the same command resumes the run")
+            kept = f"{done} of {layers} layers are done and kept in {partial}; the same command resumes the run"
+            if isinstance(error, Stopped):
+                error.left = f": {kept}"
+            else:
+                _say(f"note: {kept}")
         raise
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from ..errors import ErnieGgufError, OutputError
@@ -144,7 +145,7 @@ def _verdicts(summary: QuantizeSummary) -> list[str]:
     ]
 
 
-def summary_table(summary: QuantizeSummary) -> list[Any]:
+def summary_table(summary: QuantizeSummary) -> list[RenderableType]:
     """The result for people: a row per tensor, a row per projection, three sentences, the file."""
     matrices = table(right("layer"), "projection", *map(right, _COLUMNS))
     for group in by_tensor(summary.matrices):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from .model_file import check_model
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -69,10 +70,11 @@ def talk(
     """
     from ernie_llama import Llama
 
+    metadata = check_model(file, ChatError)
     try:
         llm = Llama(
             file,
-            n_ctx=n_ctx,
+            n_ctx=context(metadata, n_ctx),
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             n_cpu_moe=n_cpu_moe,
@@ -89,6 +91,15 @@ def talk(
             typer.echo(HELP, err=True)
         lines = _lines() if prompt is None else iter([prompt])
         converse(llm, lines, _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+
+
+def context(metadata: Mapping[str, Any], wanted: int) -> int:
+    """The tokens to make room for: as many as are wanted, but no more than the model was trained with."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or not 0 < trained < wanted:
+        return wanted
+    typer.echo(f"note: room for {trained} tokens, with which the model was trained, instead of {wanted}", err=True)
+    return trained
 
 
 def converse(

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from ..checkpoint.find_k_order import KOrderFinding
@@ -97,7 +98,7 @@ def _word(verdict: Verdict) -> str:
     return "exact" + "*" * (verdict.finding.explained > 0) if verdict.exact else "rounded"
 
 
-def verdicts_table(file: GgufFile, verdicts: list[Verdict], orders: KOrders | None = None) -> list[Any]:
+def verdicts_table(file: GgufFile, verdicts: list[Verdict], orders: KOrders | None = None) -> list[RenderableType]:
     """The result of `verify` for people, 80 characters wide with the longest names of a text model."""
     tensors = table(whole("tensor"), "source", "type", *map(right, ("differ", "error", "relative")), "verdict")
     for verdict in verdicts:
