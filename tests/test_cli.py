@@ -387,7 +387,7 @@ def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     assert repacked["inexact"] == {}
 
 
-COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "chat", "eval"]
+COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "run", "chat", "eval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

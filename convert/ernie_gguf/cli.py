@@ -171,7 +171,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
         report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
-@app.command()
+@app.command(short_help="Show what a GGUF file holds, or a checkpoint.")
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a checkpoint: a folder or a name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -180,10 +180,10 @@ def inspect(
     from . import report
     from .gguf_file.reader import read_gguf
     from .hub.describe import checkpoint_json, checkpoint_table
-    from .hub.names import as_name
+    from .hub.names import is_checkpoint
     from .hub.source import opened
 
-    if file.is_dir() or (file.suffix != ".gguf" and as_name(file)):
+    if is_checkpoint(file):
         with opened(file) as place:
             report.show(checkpoint_json(place) if as_json else checkpoint_table(place))
         return
