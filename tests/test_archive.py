@@ -97,7 +97,19 @@ def test_the_unpacked_build_serves(llama_bin: Path, tiny_bf16_gguf: Path, tmp_pa
     assert ours
     assert all(str(folder) in line for line in ours)
     port = free_port()
-    command = ["env", "-i", folder / "llama-server", "-m", tiny_bf16_gguf, "--port", str(port), "-c", "512", "-t", "1"]
+    command: list[str | Path] = [
+        "env",
+        "-i",
+        folder / "llama-server",
+        "-m",
+        tiny_bf16_gguf,
+        "--port",
+        str(port),
+        "-c",
+        "512",
+        "-t",
+        "1",
+    ]
 
     def ready() -> bool:
         try:
