@@ -196,10 +196,10 @@ def inspect(
     from . import report
     from .gguf_file.reader import read_gguf
     from .hub.describe import checkpoint_json, checkpoint_table
-    from .hub.names import as_name
+    from .hub.names import is_checkpoint
     from .hub.source import opened
 
-    if file.is_dir() or (file.suffix != ".gguf" and as_name(file)):
+    if is_checkpoint(file):
         with opened(file) as place:
             report.show(checkpoint_json(place) if as_json else checkpoint_table(place))
         return

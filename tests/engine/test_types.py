@@ -47,7 +47,7 @@ def test_which_types_are_asked_for(tmp_path: Path) -> None:
     assert possible(dense) == [Outtype.BF16, Outtype.Q8_0, Outtype.Q4_0]
 
 
-@pytest.mark.parametrize(("cards", "chosen"), [("48", "bf16"), ("24", "q8_0"), ("12", "ccq2")])
+@pytest.mark.parametrize(("cards", "chosen"), [("24", "q8_0"), ("12", "ccq2")])
 def test_the_21b(
     ernie_gguf: Command, ernie_21b: Path, monkeypatch: pytest.MonkeyPatch, cards: str, chosen: str
 ) -> None:

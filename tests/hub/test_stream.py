@@ -201,7 +201,7 @@ def test_a_lost_connection_goes_on_where_it_was(run: Run, hub: FakeHub, wanted: 
 
 
 def test_nothing_is_left_of_a_run_that_wrote_nothing(run: Run, hub: FakeHub, tmp_path: Path) -> None:
-    hub.limit = 3_200_000  # the headers, and no batch
+    hub.limit = 1_000_000  # the headers, and no batch
     assert run().code == 1
     assert here(tmp_path) == []
 

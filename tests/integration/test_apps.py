@@ -71,6 +71,7 @@ def test_llm(tiny_bf16_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "127.0.0.1:8080" in text
     (tmp_path / "extra-openai-models.yaml").write_text(text.replace("8080", str(port)))
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-gguf, where it is installed, wants llama-cpp-python
     serve = [*CLI, "serve", str(tmp_path / "ernie.gguf"), "--port", str(port), "-c", "512", "-t", "1"]
     with running(serve, tmp_path / "log", lambda: healthy(port)):
         options = ["-m", "ernie", "def main", "--key", "none", "-o", "max_tokens", "8", "--no-log"]

@@ -34,7 +34,7 @@ def info(
 ) -> None:
     """Show the llama.cpp in use; for FILE, what it needs and whether it fits; for a checkpoint, which type does."""
     from ..gguf_file.reader import read_gguf
-    from ..hub.names import as_name
+    from ..hub.names import is_checkpoint
     from ..hub.source import opened
     from ..report import show
     from .memory import KV_BLOCKS, OWN_CARDS, Model, Question, fit, read_sizes, stand_ins
@@ -51,7 +51,7 @@ def info(
         raise typer.BadParameter(f"{kv!r}, expected one of {', '.join(KV_BLOCKS)}", param_hint="--kv")
     question = Question(ctx, kv, cards or _own_cards())
     planning = stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS)
-    if file.is_dir() or (file.suffix != ".gguf" and as_name(file)):
+    if is_checkpoint(file):
         with opened(file) as place, planning as planned:
             found = weigh(place.folder, question, planned)
         label = str(place.name or place.folder)

@@ -66,6 +66,11 @@ def as_name(source: Path) -> HubName | None:
     return None if source.exists() else parse_name(str(source))
 
 
+def is_checkpoint(source: Path) -> bool:
+    """Whether an argument that may also be a file means a checkpoint: a folder with config.json, or a name."""
+    return (source / "config.json").is_file() or (source.suffix != ".gguf" and as_name(source) is not None)
+
+
 def near(text: str) -> list[str]:
     """Up to three repositories of the family whose names are like `text`, the nearest first."""
     bare = text.split("@", 1)[0].rsplit(":", 1)[-1].lower()
