@@ -52,7 +52,8 @@ def test_a_console_prints_what_the_page_says(block: Block, folder: Path) -> None
 @pytest.mark.parametrize("block", [each for each in BLOCKS if each.language == "python"], ids=str)
 def test_python_runs(block: Block, folder: Path, tiny_ccq2_gguf: Path) -> None:
     (folder / "ernie.gguf").symlink_to(tiny_ccq2_gguf)
+    text = re.sub(r"n_ctx=\d+", "n_ctx=128", block.text)  # ends an answer sooner: the example rarely stops by itself
     done = subprocess.run(
-        [sys.executable, "-c", block.text], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, f"{block}\n{done.stderr}"
