@@ -47,7 +47,7 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
     mmproj: Annotated[
         Path | None,
-        typer.Option(help="The eyes of a vision-language model, for requests with pictures.", show_default=False),
+        typer.Option(help="The mmproj of a vision-language model, for requests with images.", show_default=False),
     ] = None,
     args: Annotated[
         list[str] | None,
