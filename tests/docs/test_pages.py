@@ -16,6 +16,7 @@ from docs.pages import PAGES, ROOT, anchors, commands, links, name, spans
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=name)
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+OTHERS = {"llama-swap"}  # called like a program of llama.cpp, but none
 SOURCE = re.compile(r"(?:convert|bindings|tests|benchmarks|examples|docs|ggml_patch)/[\w./*-]+")
 
 
@@ -94,7 +95,7 @@ def test_programs_of_llama_cpp_know_their_options(page: Path, llama_bin: Path) -
     for command in commands(page):
         words = shlex.split(command)
         program = words[0].rpartition("/")[2]
-        if program.startswith("llama-") and len(words) > 1:
+        if program.startswith("llama-") and program not in OTHERS and len(words) > 1:
             assert (llama_bin / program).exists(), f"{name(page)}: {command}"
             asked = {word for word in words[1:] if OPTION.fullmatch(word)}
             assert asked <= options_of(str(llama_bin / program)), f"{name(page)}: {command}"
