@@ -27,7 +27,7 @@ C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/er
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda wheel release clean require
+.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda wheel archives release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -86,12 +86,22 @@ build-cuda: | $(BIN)/ernie-gguf ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
 wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
 	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
 
-release: ## from a clean tree: lint, tests, wheel, sdist, checks of both; nothing is uploaded
+RELEASE_ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR)/release --jobs $(JOBS)
+
+archives: wheel ## pack programs and libraries as llama.cpp's releases are, in dist/; for CUDA too if nvcc is here
+	$(BIN)/python convert/build_archive.py cpu=$(BUILD_DIR)/wheel/ernie_llama/lib
+	@if command -v nvcc >/dev/null; then \
+	    $(RELEASE_ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON \
+	        -DGGML_CPU_ALL_VARIANTS=ON && \
+	    $(BIN)/python convert/build_archive.py cuda=$(BUILD_DIR)/release/cuda/bin; \
+	else echo 'no nvcc: no archive for CUDA'; fi
+
+release: ## from a clean tree: lint, tests, wheel, sdist, archives, checks; nothing is uploaded
 	@test -z "$$(git status --porcelain)" || { echo 'error: the tree has changes; commit them first' >&2; exit 1; }
 	rm -rf dist
-	$(MAKE) lint test wheel
+	$(MAKE) lint test archives
 	$(BIN)/python -m build --sdist
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/twine check --strict dist/ernie_gguf-*
 	$(PYTHON) convert/check_wheel.py dist/*.whl
 
 # --- using it

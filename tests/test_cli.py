@@ -66,9 +66,17 @@ def test_convert_json(ernie_gguf: Command, source: Path, tmp_path: Path) -> None
     assert set(summary["types"]) == {"bf16", "f32"}
 
 
-def test_outfile_is_a_folder_or_absent(ernie_gguf: Command, source: Path, tmp_path: Path) -> None:
+def test_outfile_is_a_folder_or_absent(
+    ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(source)
+    monkeypatch.chdir(tmp_path)
     assert ernie_gguf("convert", source).code == 0
-    assert (source / "source-BF16.gguf").is_file()
+    assert (tmp_path / "source-BF16.gguf").is_file()
+    monkeypatch.chdir(source)
+    message = "error: the current folder is the checkpoint, which is left as it is: give --outfile\n"
+    assert ernie_gguf("convert", ".") == (1, "", message)
+    assert snapshot(source) == before
     (tmp_path / "into").mkdir()
     assert ernie_gguf("convert", source, "--outfile", tmp_path / "into", "--outtype", "q8_0").code == 0
     assert (tmp_path / "into" / "source-Q8_0.gguf").is_file()
@@ -387,7 +395,7 @@ def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     assert repacked["inexact"] == {}
 
 
-COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "chat", "eval"]
+COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "run", "chat", "eval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -472,4 +480,6 @@ def test_serve_wants_its_file_first(ernie_gguf: Command) -> None:
 
 
 def test_a_folder_is_not_a_missing_file(ernie_gguf: Command, tmp_path: Path) -> None:
-    assert ernie_gguf("inspect", tmp_path).err == f"error: {tmp_path}: is a folder, expected a GGUF file\n"
+    assert ernie_gguf("inspect", tmp_path).err.startswith(
+        f"error: {tmp_path}: config.json is missing; the folder is empty"
+    )

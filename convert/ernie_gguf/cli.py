@@ -5,27 +5,27 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .bars import progress_bar as _progress
 from .checkpoint.k_order import KOrder
 from .engine.command import build
 from .engine.info import info
 from .errors import ErnieGgufError
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
+from .hub.lazy import takes_names
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
+from .serving.run import run
 from .serving.serve import serve
 
 if TYPE_CHECKING:
     from .checkpoint.find_k_order import KOrderFinding
-    from .write import Progress
 
 KOrderOption = Annotated[
     KOrder,
@@ -71,36 +71,17 @@ def _options(
     pass
 
 
-@contextmanager
-def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterator["Progress"]:
-    """A bar with rate and time left on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount = (DownloadColumn(), TransferSpeedColumn()) if bytes_ else (TaskProgressColumn(show_speed=True),)
-    columns = (TextColumn(verb), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
 @app.command()
 def convert(  # noqa: PLR0917 - typer makes options of the parameters
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint, or a name on the Hub.")
+    ],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: the current one).",
+            show_default=False,
+        ),
     ] = None,
     outtype: Annotated[
         Outtype,
@@ -150,6 +131,12 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Take the language model of a vision-language (VL) checkpoint.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Store nothing of SRC, a name: fetch a part, convert it, drop it.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --stream: start over instead of resuming an interrupted run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the summary as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
@@ -161,6 +148,10 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     from . import report
     from .convert import check_mmproj, output_path, prepare, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
+    from .hub.k_order import fetch_for_k_order
+    from .hub.source import opened
+    from .hub.space import announce, downloaded
+    from .hub.stream import check_disk, convert_stream, plan_stream
     from .plan import choose
 
     try:
@@ -168,34 +159,59 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--split-max-size") from exc
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
-    job = prepare(source, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
-    _mention_k_order(source, job.k_order_finding, ccq_k_order)
-    path = output_path(job, outfile or source)
-    check_mmproj(job, path, mmproj)
-    if dry_run:
-        paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
-        report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
-        return
-    _mention_leftovers(path.parent)
-    with _progress(job.nbytes) as progress:
-        result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
-    report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
+    with opened(source) as place:
+        look = place.repository is None or dry_run or stream
+        if look:
+            fetch_for_k_order(place, text_only)
+        job = prepare(place.folder, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order, look=look)
+        if look:
+            _mention_k_order(source, job.k_order_finding, ccq_k_order)
+        path = output_path(job, outfile)
+        check_mmproj(job, path, mmproj)
+        if stream and place.repository is None:
+            raise typer.BadParameter(f"{source} is here already: it is for names on the Hub", param_hint="--stream")
+        if dry_run:
+            paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
+            report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
+            announce(job, place, path, mmproj)
+            return
+        _mention_leftovers(path.parent)
+        if stream and place.repository is not None:
+            streamed = plan_stream(job, place.repository, path, split_bytes, mmproj)
+            check_disk(streamed)
+            result = convert_stream(streamed, threads, overwrite, restart, _progress)
+        else:
+            if place.repository is not None:
+                folder = downloaded(job, place, path, overwrite, mmproj)
+                job = prepare(folder, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
+                _mention_k_order(source, job.k_order_finding, ccq_k_order)
+            with _progress(job.nbytes) as progress:
+                result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
+        report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
-@app.command()
+@app.command(short_help="Show what a GGUF file, or a checkpoint, holds.")
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a checkpoint: a folder or a name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a GGUF file's metadata, tensors, sizes and bits per weight."""
+    """Show a GGUF file's metadata, tensors, sizes and bits per weight, or those of a checkpoint from its headers."""
     from . import report
     from .gguf_file.reader import read_gguf
+    from .hub.describe import checkpoint_json, checkpoint_table
+    from .hub.names import as_name
+    from .hub.source import opened
 
+    if file.is_dir() or (file.suffix != ".gguf" and as_name(file)):
+        with opened(file) as place:
+            report.show(checkpoint_json(place) if as_json else checkpoint_table(place))
+        return
     gguf = read_gguf(file)
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
 
 
 @app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
+@takes_names
 def verify(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
@@ -232,13 +248,14 @@ def verify(  # noqa: PLR0917 - typer makes options of the parameters
         raise typer.Exit(1)
 
 
-app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(quantize)
+app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(takes_names(quantize))
 app.command(short_help="Build the patched llama.cpp and install it for this user.")(build)
 app.command(short_help="Show the llama.cpp in use; say whether a file fits.")(info)
 app.command(
     short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
     context_settings={"ignore_unknown_options": True},
 )(serve)
+app.command(short_help="From a name on the Hub to a chat: download, convert, talk.")(run)
 app.command()(chat)
 app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
 

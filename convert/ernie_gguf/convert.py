@@ -10,10 +10,12 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
-from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
+from .checkpoint.find_k_order import KOrderFinding, find_k_order
+from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.k_order import KOrder
 from .checkpoint.names import collect
-from .checkpoint.shards import TensorHeader, read_headers
+from .checkpoint.shards import TensorHeader, read_headers, stale_weights
+from .checkpoint.source import checkpoint_folder
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
@@ -42,6 +44,13 @@ class Job:
     vision_tokens: VisionTokens = VisionTokens.ALL
     k_order: KOrder = KOrder.NATURAL  # to read its 2-bit experts in; AUTO: unclear, nothing can be written
     k_order_finding: KOrderFinding | None = None  # what their weights say; None without such experts
+    sampling: Sampling = NO_SAMPLING
+    weights_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the checkpoint's small files."""
+        return [*self.weights_notes, *self.vocab.notes, *self.sampling.notes]
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +96,7 @@ def refuse_split(source: Path) -> None:
 
 def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig, dict[str, TensorHeader]]:
     """A checkpoint's configuration and tensor headers; raises an ErnieGgufError."""
+    source = checkpoint_folder(source)
     refuse_split(source)
     return read_config(source, text_only), read_headers(source)
 
@@ -99,19 +109,33 @@ def prepare(
     vision_tokens: VisionTokens = VisionTokens.ALL,
     *,
     k_order: KOrder = KOrder.AUTO,
+    look: bool = True,
 ) -> Job:
     """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing.
 
-    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it.
+    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it. Without
+    `look` headers are enough, and the plan is that of the natural order unless `k_order` says otherwise.
     """
+    source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
-    mapped, vocab = map_tensors(config, headers), read_vocab(source, config)
-    finding = find_k_order(config, collect(headers, config).sources)
+    mapped = map_tensors(config, headers)
+    finding = find_k_order(config, collect(headers, config).sources) if look else None
     order = k_order
     if k_order is KOrder.AUTO:
         order = finding.order if finding else KOrder.NATURAL
     plan, projector = make_plans(mapped, resolve_auto(headers), outtype, choices, order)
-    return Job(source, config, vocab, plan, projector, vision_tokens, order, finding)
+    return Job(
+        source,
+        config,
+        read_vocab(source, config),
+        plan,
+        projector,
+        vision_tokens,
+        k_order=order,
+        k_order_finding=finding,
+        sampling=read_sampling(source),
+        weights_notes=tuple(stale_weights(source)),
+    )
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
@@ -127,8 +151,12 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
         raise OutputError(f"{mmproj}: --mmproj and --outfile name the same file")
 
 
-def output_path(job: Job, outfile: Path) -> Path:
-    """The file to write: in a folder, NAME-OUTTYPE.gguf (upstream's habit, without the size)."""
+def output_path(job: Job, outfile: Path | None) -> Path:
+    """The file to write: in a folder, by default the current one, NAME-OUTTYPE.gguf (upstream's habit)."""
+    if outfile is None:
+        outfile = Path()
+        if outfile.resolve() == job.source.resolve():
+            raise OutputError("the current folder is the checkpoint, which is left as it is: give --outfile")
     if outfile.is_dir():
         return outfile / f"{model_name(job.source)}-{job.plan.outtype.value.upper()}.gguf"
     return outfile
@@ -138,7 +166,8 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
-        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan, tokens=job.vision_tokens)
+        name, sampling = model_name(job.source), job.sampling.settings
+        write_metadata(writer, name, job.config, job.vocab, job.plan, tokens=job.vision_tokens, sampling=sampling)
     else:
         write_layout(writer, part)
     if len(files) > 1:
@@ -187,6 +216,27 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
+def output_files(
+    job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
+) -> tuple[list[Path], list[Plan], list[GGUFWriter]]:
+    """Name, plan and header of every file: the model's, then that of its eyes."""
+    check_mmproj(job, outfile, mmproj)
+    parts = split_plan(job.plan, split_max_bytes)
+    writers = [file_header(job, parts, number) for number in range(len(parts))]
+    paths = split_paths(outfile, len(parts))
+    if job.projector is not None and mmproj is not None:
+        parts.append(job.projector)
+        writers.append(projector_header(job, job.projector))
+        paths.append(mmproj)
+    return paths, parts, writers
+
+
+def require_k_order(job: Job) -> None:
+    """Raises CheckpointError where 2-bit experts do not tell their order of K and nobody has said it."""
+    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
+        raise_unclear(job.k_order_finding, str(job.source))
+
+
 def write_gguf(
     job: Job,
     outfile: Path,
@@ -202,16 +252,8 @@ def write_gguf(
     On failure nothing is left behind.
     """
     begin = time.monotonic()
-    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
-        raise_unclear(job.k_order_finding, str(job.source))
-    check_mmproj(job, outfile, mmproj)
-    parts = split_plan(job.plan, split_max_bytes)
-    writers = [file_header(job, parts, number) for number in range(len(parts))]
-    paths = split_paths(outfile, len(parts))
-    if job.projector is not None and mmproj is not None:
-        parts.append(job.projector)
-        writers.append(projector_header(job, job.projector))
-        paths.append(mmproj)
+    require_k_order(job)
+    paths, parts, writers = output_files(job, outfile, split_max_bytes, mmproj)
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Renamed in reverse, so that the file users load appears last.

@@ -5,13 +5,15 @@ right for the 21B by luck; the width is `moe_intermediate_size * moe_num_shared_
 """
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_VERSION, GGUFType, LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, GGUFType, Keys, LlamaFileType
 from gguf.utility import size_label
 
 from . import rope
+from .checkpoint.chat_templates import DEFAULT
 from .checkpoint.config import ErnieConfig, MoeConfig
 from .checkpoint.k_order import KOrder
 from .checkpoint.paddle_ccq import CCQ2
@@ -118,12 +120,18 @@ def write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
     writer.add_token_scores(vocab.scores)
     writer.add_token_types([int(token_type) for token_type in vocab.types])
     for role, token_id in vocab.special.items():
-        getattr(writer, f"add_{role}_token_id")(token_id)
+        writer.add_uint32(getattr(Keys.Tokenizer, f"{role.upper()}_ID"), token_id)
     writer.add_add_bos_token(vocab.add_bos)
     writer.add_add_eos_token(vocab.add_eos)
     writer.add_add_space_prefix(vocab.add_space_prefix)
-    if vocab.chat_template is not None:
-        writer.add_chat_template(vocab.chat_template)
+    # Not by gguf-py's add_chat_template: it lists the names in an order that differs from run to run.
+    named = [name for name in vocab.templates if name != DEFAULT]
+    for name in named:
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), vocab.templates[name])
+    if named:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, named)
+    if DEFAULT in vocab.templates:
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, vocab.templates[DEFAULT])
 
 
 def write_layout(writer: GGUFWriter, plan: Plan) -> None:
@@ -158,10 +166,13 @@ def write_metadata(
     plan: Plan,
     *,
     tokens: VisionTokens = VisionTokens.ALL,
+    sampling: Mapping[str, int | float] | None = None,
 ) -> None:
     """Add every key of the model's file to the writer; `name` becomes general.name."""
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
+    for setting, value in (sampling or {}).items():
+        getattr(writer, f"add_sampling_{setting}")(value)
     writer.add_size_label(_size_label(config, plan))
     writer.add_file_type(FILE_TYPES[plan.outtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)

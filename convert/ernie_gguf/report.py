@@ -16,19 +16,11 @@ from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact
+from .units import human
 from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
 _LONG_TEXT = 120
-
-
-def human(nbytes: float) -> str:
-    """Decimal units, as disks and download pages use: 12.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
@@ -135,14 +127,19 @@ def k_order_lines(order: KOrder, finding: KOrderFinding | None, absorbed: bool) 
 def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
     """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
     eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
-    return plan_json(job.plan, paths) | k_order_json(job.k_order, job.k_order_finding) | eyes
+    small = {"notes": job.notes} | k_order_json(job.k_order, job.k_order_finding)
+    return plan_json(job.plan, paths) | small | eyes
 
 
 def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
     """All plans of a conversion for people."""
     eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
-    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed)
+    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed) + _notes(job)
     return plan_table(job.plan, paths, notes) + eyes
+
+
+def _notes(job: Job) -> list[Text]:
+    return [Text(f"note: {note}") for note in job.notes]
 
 
 def _origin(tensor: TensorPlan) -> str:
@@ -213,6 +210,7 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
         "bits_per_weight": _bpw(_plan_types(plan)),
         "types": _plan_types(plan),
         "dropped": [{"name": header.name, "reason": reason} for header, reason in plan.dropped],
+        "notes": job.notes,
         "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
@@ -232,6 +230,7 @@ def result_text(job: Job, result: ConvertResult) -> list[Any]:
     lines += _inexact_text(result.inexact)
     lines += k_order_lines(job.k_order, job.k_order_finding, plan.absorbed)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
+    lines += _notes(job)
     model = result.paths[:-1] if job.projector else result.paths
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"
     files = f" and {len(model) - 1} more files" if len(model) > 1 else ""

@@ -6,7 +6,7 @@ whatever the model's size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ import numpy as np
 
 from .arrays import U8
 from .checkpoint.shards import ShardReader
-from .checkpoint.storage import ROWS
 from .errors import EncodeError
 from .files import pwrite
 from .gguf_file.types import padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
-from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values, with_columns
+from .transform import ALL_EXACT, Inexact, encode_values, with_columns
 from .workers import in_order
 
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
@@ -44,16 +43,9 @@ class Piece:
         return self.rows * self.tensor.row_nbytes
 
 
-def _copied(part: Part, tensor: TensorPlan) -> bool:
-    """Whether the bytes of the source are the bytes of the output."""
-    if tensor.row_order or tensor.column_order:
-        return False
-    return part.source.storage is ROWS and (part.source.dtype, tensor.ggml_type) in VERBATIM
-
-
 def _rows_at_once(part: Part, tensor: TensorPlan) -> int:
     """Rows of a piece; whole blocks where the rows of a block are reordered."""
-    rows, block = part.source.storage.rows_at_once(part.source, _copied(part, tensor)), len(tensor.row_order)
+    rows, block = part.source.storage.rows_at_once(part.source), len(tensor.row_order)
     return max(block, rows // block * block) if block else rows
 
 
@@ -91,29 +83,8 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
                 yield piece
 
 
-def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> int:
-    """Copy inside the kernel as far as possible; returns the bytes copied.
-
-    Whatever stops it, the caller then takes the ordinary way, which names the error if there is one.
-    """
-    done = 0
-    while done < nbytes:
-        try:
-            n = os.copy_file_range(source, target, nbytes - done, source_offset + done, offset + done)
-        except OSError:
-            break
-        if n == 0:
-            break
-        done += n
-    return done
-
-
 def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
     source = piece.part.source
-    if _copied(piece.part, piece.tensor):
-        begin = source.main.offset + piece.row * piece.tensor.row_nbytes
-        if _kernel_copy(reader.fd(source.main.path), begin, fd, piece.offset, piece.nbytes) == piece.nbytes:
-            return ALL_EXACT
     values = source.storage.read(reader, source, piece.row, piece.rows)
     order = piece.tensor.column_order
     if order:
@@ -128,7 +99,7 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
     return inexact
 
 
-def _write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
+def write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
     """The tensors that no checkpoint has."""
     starts = offsets(plan, data_offset)
     for tensor in plan.tensors:
@@ -152,16 +123,25 @@ def write_tensors(
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
-    _write_computed(plan, fd, data_offset, progress)
+    write_computed(plan, fd, data_offset, progress)
+    with ShardReader() as reader:
+        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
+        wanted = ((fd, piece) for piece in pieces(plan, data_offset) if not skip(piece.tensor))
+        return write_pieces(reader, wanted, threads, progress)
+
+
+def write_pieces(
+    reader: ShardReader, wanted: Iterable[tuple[int, Piece]], threads: int, progress: Progress
+) -> dict[str, Inexact]:
+    """Write pieces, each to its open file, in any order; returns what exact repacks lost, by tensor."""
     inexact: dict[str, Inexact] = {}
 
-    def written(piece: Piece) -> tuple[Piece, Inexact]:
+    def written(fd: int, piece: Piece) -> tuple[Piece, Inexact]:
         return piece, _write_piece(reader, fd, piece)
 
-    with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
-        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
-        wanted = (piece for piece in pieces(plan, data_offset) if not skip(piece.tensor))
-        with closing(in_order((partial(written, piece) for piece in wanted), executor, 2 * threads)) as results:
+    with ThreadPoolExecutor(threads) as executor:
+        calls = (partial(written, fd, piece) for fd, piece in wanted)
+        with closing(in_order(calls, executor, 2 * threads)) as results:
             for piece, found in results:
                 if found.rows:
                     inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + found

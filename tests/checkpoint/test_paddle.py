@@ -175,7 +175,7 @@ def test_pieces_and_threads_do_not_matter(
 
     convert(two_bits[0], tmp_path / "a.gguf", threads=1)
     monkeypatch.setattr(storage, "COLUMN_BYTES", 10_000)
-    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(ccq_paddle, "_PIECE_BYTES", 5_000)
     monkeypatch.setattr(paddle_int, "_PIECE_BYTES", 5_000)
     convert(two_bits[0], tmp_path / "b.gguf", threads=4)

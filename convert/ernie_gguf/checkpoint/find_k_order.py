@@ -10,9 +10,10 @@ Each is a rank correlation, computed as if K were stored in either order. In the
 strangers. Between random weights the difference of the two has a known spread: the figure is in standard deviations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -160,8 +161,11 @@ def _expert(reader: ShardReader, up_gate: list[Source], down: Source, k: int, wi
     return rows[:width] * rows[width:], np.concatenate(columns), np.concatenate(inner)
 
 
-def _two_bit_experts(sources: Mapping[str, Source], experts: int, layer: int) -> list[tuple[list[Source], Source]]:
-    """Gate and up (fused or not) and down of each expert of a layer that is 2-bit."""
+Expert = tuple[list[Source], Source]  # gate and up, fused or not; down
+
+
+def _two_bit_experts(sources: Mapping[str, Source], experts: int, layer: int) -> list[Expert]:
+    """Of the experts of a layer that are 2-bit, those that are looked at: some, spread evenly."""
     found = []
     for expert in range(experts):
         module = f"model.layers.{layer}.mlp.experts.{expert}"
@@ -170,16 +174,43 @@ def _two_bit_experts(sources: Mapping[str, Source], experts: int, layer: int) ->
         down = sources[f"{module}.down_proj.weight"]
         if all(source.storage is CCQ2 for source in (*up_gate, down)):
             found.append((up_gate, down))
-    return found
+    wanted = min(EXPERTS, len(found))
+    return [found[i * len(found) // wanted] for i in range(wanted)]
 
 
-def _layer(
-    reader: ShardReader, layer: int, norm: Source, experts: list[tuple[list[Source], Source]], *, k: int, width: int
-) -> LayerSigns:
-    """The signs of one layer, from experts spread evenly over those that are 2-bit."""
-    looked_at = min(EXPERTS, len(experts))
+def _looked_at(config: ErnieConfig, sources: Mapping[str, Source]) -> dict[int, tuple[Source, list[Expert]]]:
+    """The norm before the experts and some of these, by layer; empty without 2-bit experts."""
+    if config.moe is None or not any(source.storage is CCQ2 for source in sources.values()):
+        return {}
+    layers = [layer for layer in range(config.layers) if config.is_moe_layer(layer)]
+    experts = {layer: _two_bit_experts(sources, config.moe.experts, layer) for layer in layers}
+    norm = "model.layers.{}.post_attention_layernorm.weight"
+    return {layer: (sources[norm.format(layer)], found) for layer, found in experts.items() if found}
+
+
+def spans(config: ErnieConfig, sources: Mapping[str, Source]) -> Iterator[tuple[Path, int, int]]:
+    """The bytes, as file, begin and end, that `find_k_order` reads."""
+    for norm, experts in _looked_at(config, sources).values():
+        yield norm.main.path, norm.main.offset, norm.main.offset + norm.main.nbytes
+        for source in (each for up_gate, down in experts for each in (*up_gate, down)):
+            yield from _spans_of(source)
+
+
+def _spans_of(source: Source) -> Iterator[tuple[Path, int, int]]:
+    for name in ("super_scales", "code_scale", "code_zp"):
+        header = source.tensors[name]
+        yield header.path, header.offset, header.offset + header.nbytes
+    codes, scales = source.tensors["quant_weight"], source.tensors["weight_scale"]
+    for group in _groups(4 * codes.shape[0]):
+        for header, row, rows in ((codes, group * GROUP // 4, GROUP // 4), (scales, group // 2, 1)):
+            begin = header.offset + row * header.row_nbytes
+            yield header.path, begin, begin + rows * header.row_nbytes
+
+
+def _layer(reader: ShardReader, layer: int, norm: Source, experts: list[Expert], *, k: int, width: int) -> LayerSigns:
+    """The signs of one layer."""
     fits, columns = [], np.zeros(len(_groups(k)) * GROUP)
-    for up_gate, down in (experts[i * len(experts) // looked_at] for i in range(looked_at)):
+    for up_gate, down in experts:
         rows, wide, inner = _expert(reader, up_gate, down, k, width)
         columns += wide
         fits.append(
@@ -194,7 +225,7 @@ def _layer(
     # By chance a rank correlation of n values is normal with deviation 1/√(n-1); the size of one has 0.603 of it.
     return LayerSigns(
         layer,
-        Correlation(a, b, float((a - b) * np.sqrt(looked_at * (neurons - 1) / 2))),
+        Correlation(a, b, float((a - b) * np.sqrt(len(experts) * (neurons - 1) / 2))),
         Correlation(natural, shuffled, float((abs(natural) - abs(shuffled)) * np.sqrt((len(columns) - 1) / 2) / 0.603)),
     )
 
@@ -211,21 +242,17 @@ def find_k_order(config: ErnieConfig, sources: Mapping[str, Source], threads: in
 
     Reads about 4 MB of each such layer of the 300B. `sources` are complete and well shaped (see `mapping`).
     """
-    moe = config.moe
-    if moe is None or not any(source.storage is CCQ2 for source in sources.values()):
+    layers = _looked_at(config, sources)
+    if not layers or config.moe is None:
         return None
-    layers = [layer for layer in range(config.layers) if config.is_moe_layer(layer)]
-    experts = {layer: found for layer in layers if (found := _two_bit_experts(sources, moe.experts, layer))}
-    norms = {layer: sources[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in experts}
-    if not experts:
-        return None
+    k, width = config.hidden, config.moe.width
 
     def signs_of(layer: int) -> LayerSigns:
-        return _layer(reader, layer, norms[layer], experts[layer], k=config.hidden, width=moe.width)
+        return _layer(reader, layer, *layers[layer], k=k, width=width)
 
     with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
         reader.open({path for source in sources.values() for path in source.paths})
-        signs = tuple(executor.map(signs_of, experts))
+        signs = tuple(executor.map(signs_of, layers))
     return KOrderFinding(signs, _mean([each.neurons for each in signs]), _mean([each.channels for each in signs]))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ErnieGgufError
+from ..recognise import refuse_other_files
 
 # The largest index of the family (300B) is 2 MB; a tokenizer.json of 100,000 tokens is 8 MB.
 MAX_JSON_BYTES = 100 << 20
@@ -53,7 +54,11 @@ def read_object(path: Path, error: type[ErnieGgufError]) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as exc:
         raise error(f"{path}: {exc.strerror}") from exc
-    return parse_object(text, path.name, error)
+    try:
+        return parse_object(text, path.name, error)
+    except ErnieGgufError:
+        refuse_other_files(path, text, error, "JSON")
+        raise
 
 
 class JsonObject:

@@ -30,7 +30,7 @@ class _Ccq2(Storage):
             "code_zp": vector_field(n, ("F32",)),
         }
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
+    def rows_at_once(self, source: Source) -> int:
         return columns_at_once(source.main, _PIECE_BYTES)
 
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def info(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A GGUF file; of a split one the first.")
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A GGUF file, of a split one the first; or a checkpoint, a folder or a name: which type of it fits.",
+        ),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -27,10 +31,13 @@ def info(
     kv: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 (as `serve` has it) or q4_0.")] = "q8_0",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the llama.cpp in use; for FILE, what it needs and whether it fits."""
+    """Show the llama.cpp in use; for FILE, what it needs and whether it fits; for a checkpoint, which type does."""
     from ..gguf_file.reader import read_gguf
+    from ..hub.names import as_name
+    from ..hub.source import opened
     from ..report import show
     from .memory import KV_BLOCKS, OWN_CARDS, Model, Question, fit, read_sizes, stand_ins
+    from .types import types_json, types_text, weigh
 
     if file is None:
         show(_library() if as_json else _library_text(_library()))
@@ -41,9 +48,16 @@ def info(
         raise typer.BadParameter(f"{gpus!r}, expected sizes in GiB such as 24,24", param_hint="--gpus") from error
     if kv not in KV_BLOCKS:
         raise typer.BadParameter(f"{kv!r}, expected one of {', '.join(KV_BLOCKS)}", param_hint="--kv")
-    model = Model(read_gguf(file))
     question = Question(ctx, kv, cards or _own_cards())
-    with stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS) as planned:
+    planning = stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS)
+    if file.is_dir() or (file.suffix != ".gguf" and as_name(file)):
+        with opened(file) as place, planning as planned:
+            found = weigh(place.folder, question, planned)
+        label = str(place.name or place.folder)
+        show(types_json(label, question, found) if as_json else types_text(label, question, found))
+        return
+    model = Model(read_gguf(file))
+    with planning as planned:
         plans = fit(model, question, planned)
     show(_plans_json(model, question, plans) if as_json else _plans_text(model, question, plans))
 

@@ -46,7 +46,9 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     ],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-CCQ2.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-CCQ2.gguf in it (default: the current one).", show_default=False
+        ),
     ] = None,
     report: Annotated[
         Path | None,
@@ -114,13 +116,13 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         raise QuantizeError(f"{error}; {OTHER_MODELS.format(source=source)}") from error
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
-    path = output_path(job, outfile or source)
+    path = output_path(job, outfile)
     check_output(path, overwrite)
     check_mmproj(job, path, mmproj)
     if report is not None:
         check_report_folder(report, overwrite)
     length = min(ctx_size, job.config.context)
-    text = calibration_sequences(calibration, source, job.vocab, length, max_tokens)
+    text = calibration_sequences(calibration, job.source, job.vocab, length, max_tokens)
     preview = Preview(job, path, text, settings, needs(job.config, text.sequences.size, job.plan.nbytes, settings))
     if dry_run:
         show(preview.json() if as_json else preview.lines())

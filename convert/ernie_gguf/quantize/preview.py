@@ -9,7 +9,7 @@ from ..convert import Job
 from ..errors import OutputError, QuantizeError
 from ..expected import Role
 from ..files import free_bytes
-from ..report import human
+from ..units import human
 from .needs import Needs
 from .settings import Settings
 from .text import Calibration
@@ -91,6 +91,7 @@ class Preview:
             out.append(f"the vision experts become {self.vision_experts}: a text cannot calibrate them")
         if self.tokens_per_expert < _FEW_TOKENS:
             out.append("note: this is a short text; aim for 20,000 tokens per expert")
+        out += [f"note: {note}" for note in self.job.notes]
         if needs.memory > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
             out.append(f"note: this computer has {human(memory)} of memory; give fewer --threads")
         return out

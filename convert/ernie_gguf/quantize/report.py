@@ -17,7 +17,8 @@ from rich.text import Text
 
 from ..errors import ErnieGgufError, OutputError
 from ..files import replacing
-from ..report import human, right, table
+from ..report import right, table
+from ..units import human
 from .pictures import PICTURES
 from .stats import Group, MatrixStats, by_projection, by_tensor
 

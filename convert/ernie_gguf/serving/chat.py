@@ -38,13 +38,42 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,
 ) -> None:
     """Chat with FILE in the terminal."""
+    talk(
+        file,
+        system=system,
+        temp=temp,
+        n_ctx=n_ctx,
+        n_threads=threads or None,
+        n_gpu_layers=n_gpu_layers,
+        n_cpu_moe=n_cpu_moe,
+        seed=seed,
+    )
+
+
+def talk(
+    file: Path,
+    *,
+    system: str,
+    temp: float,
+    prompt: str | None = None,
+    n_ctx: int,
+    n_threads: int | None,
+    n_gpu_layers: int = -1,
+    n_cpu_moe: int,
+    seed: int,
+) -> None:
+    """Answer `prompt`, or what is typed until it ends.
+
+    Raises:
+        ChatError: the file cannot be loaded.
+    """
     from ernie_llama import Llama
 
     try:
         llm = Llama(
             file,
             n_ctx=n_ctx,
-            n_threads=threads or None,
+            n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             n_cpu_moe=n_cpu_moe,
             seed=seed,
@@ -56,8 +85,10 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the program
     colours = sys.stdout.isatty()
     with llm:
-        typer.echo(HELP, err=True)
-        converse(llm, _lines(), _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+        if prompt is None:
+            typer.echo(HELP, err=True)
+        lines = _lines() if prompt is None else iter([prompt])
+        converse(llm, lines, _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
 
 
 def converse(

@@ -13,6 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from ..hub.names import as_name
+from .ready import ready
 
 SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 
@@ -44,7 +46,9 @@ class ServeError(ErnieGgufError):
 
 
 def serve(  # noqa: PLR0917 - typer makes options of the parameters
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A GGUF file, of a split one the first part; or a name on the Hub.")
+    ],
     mmproj: Annotated[
         Path | None,
         typer.Option(help="The mmproj of a vision-language model, for requests with images.", show_default=False),
@@ -67,6 +71,9 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="For a name: do not ask before a download of more than 5 GB.")
+    ] = False,
 ) -> None:
     """Serve FILE over HTTP with the OpenAI API and a page for browsers.
 
@@ -75,6 +82,8 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     if str(file).startswith("-"):
         raise ServeError(f"FILE comes before the options of llama-server: ernie-gguf serve FILE {file} ...")
     args = args or []
+    if not file.exists() and as_name(file) is not None:
+        file = ready(file, ctx, None, yes).file
     if gpus:
         args = [*placement(file, gpus, ctx, args), *args]
     command = server_command(file, args, mmproj)

@@ -160,6 +160,14 @@ def _tolerated(reader: ShardReader, chunk: "_Chunk", data: U8, type_name: str, k
     return tolerance(reader, chunk, data, k) if tolerance else (_NONE, Finding())
 
 
+def _not_finite(values: F32, where: str, chunk: "_Chunk") -> str:
+    """That a value is NaN or infinity, and which one: no model works with it, even if both sides have it."""
+    if (finite := np.abs(values) <= np.finfo(np.float32).max).all():
+        return ""
+    row, column = (int(i) for i in np.argwhere(~finite)[0])
+    return f"row {chunk.at + row}, column {column} is {values[row, column]:g}{where}: not a finite number"
+
+
 def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_Chunk") -> Finding:
     k, type_name = chunk.k, tensor.type_name
     rows = tensor.elements // k
@@ -176,7 +184,9 @@ def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_C
     same = found == expected
     if not same.all():
         same |= np.isnan(found) & np.isnan(expected)
-    counted = Finding(values=found.size)
+    counted = Finding(
+        values=found.size, problem=_not_finite(found, "", chunk) or _not_finite(expected, " in SRC", chunk)
+    )
     if type_name == "ccq2" and not decode.ccq2_is_clean(data, k):
         counted = replace(counted, problem="padding or reserved word is not zero")
     exact = type_name in chunk.part.source.exact_types
