@@ -14,6 +14,7 @@ EXTRAS             ?= dev
 TREE  := $(BUILD_DIR)/llama.cpp
 CPU   := $(BUILD_DIR)/cpu
 CUDA  := $(BUILD_DIR)/cuda
+VULKAN := $(BUILD_DIR)/vulkan
 DEMO  := $(BUILD_DIR)/demo
 BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
@@ -23,11 +24,11 @@ SEARCH_LIB := convert/ernie_gguf/ccq2/lib
 ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
+C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') benchmarks/ccq2_kernel.cu benchmarks/expert_batches.cpp convert/ernie_gguf/ccq2/search.cpp
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda wheel archives release clean require
+.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda build-vulkan test-vulkan wheel archives release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -83,6 +84,10 @@ build-cuda: | $(BIN)/ernie-gguf ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
 	$(ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- $(LLAMA_CMAKE_ARGS)
 	@ln -sfn $(abspath $(CUDA))/bin $(LIB)
 
+build-vulkan: | $(BIN)/ernie-gguf ## build it for GPUs with Vulkan (glslc, libvulkan-dev and spirv-headers needed)
+	$(ENGINE) --vulkan -- $(LLAMA_CMAKE_ARGS)
+	@ln -sfn $(abspath $(VULKAN))/bin $(LIB)
+
 wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
 	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
 
@@ -124,6 +129,10 @@ test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds wha
 test-arm: build $(DEMO)/ernie-tiny-ccq2.gguf ## cross-compile for ARM, test in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
 	$(BIN)/python ggml_patch/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
 	    --model $(DEMO)/ernie-tiny-ccq2.gguf --jobs $(JOBS)
+
+test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan device; mesa-vulkan-drivers makes the CPU one
+	$(ENGINE) --vulkan --backend-only -- $(LLAMA_CMAKE_ARGS)
+	LLAMA_CPP_BIN=$(abspath $(CPU))/bin VULKAN_BACKEND=$(abspath $(VULKAN))/bin/libggml-vulkan.so $(BIN)/pytest tests/vulkan
 
 quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \

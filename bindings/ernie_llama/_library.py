@@ -43,7 +43,7 @@ class LibraryNotFoundError(OSError):
 
 
 def data_folder() -> Path:
-    """Where `ernie-gguf build` of this version installs: `cpu` and `cuda` in the user's data folder."""
+    """Where `ernie-gguf build` of this version installs: `cpu`, `cuda` and `vulkan` in the user's data folder."""
     from importlib import metadata  # a quarter of the import time of the package
 
     try:
@@ -67,7 +67,7 @@ def places() -> list[Place]:
     """The places to try, in order; if the environment names one, only that.
 
     A checkout uses what `make build` made there. Otherwise what the user built goes before what came with the package,
-    and of the user's builds the one for CUDA if there is a GPU.
+    and of the user's builds the one for CUDA if there is a GPU. The one for Vulkan works without a GPU, as the CPU's.
     """
     for variable in ("ERNIE_LLAMA_LIB_PATH", "LLAMA_CPP_LIB_PATH"):
         if value := os.environ.get(variable):
@@ -75,6 +75,8 @@ def places() -> list[Place]:
     package = Place("lib folder of the package", PACKAGE / "lib")
     data = data_folder()
     built = [Place("built by `ernie-gguf build`", data / "cpu")]
+    if (data / "vulkan").is_dir():
+        built.insert(0, Place("built by `ernie-gguf build --vulkan`", data / "vulkan"))
     if (data / "cuda").is_dir() and has_nvidia_device():
         built.insert(0, Place("built by `ernie-gguf build --cuda`", data / "cuda"))
     checkout = Place("build of the checkout", CHECKOUT_BIN)

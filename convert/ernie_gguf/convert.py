@@ -10,7 +10,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from .checkpoint.config import ErnieConfig, read_config
-from .checkpoint.find_k_order import KOrderFinding, find_k_order
+from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.k_order import KOrder
 from .checkpoint.names import collect

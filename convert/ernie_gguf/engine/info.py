@@ -84,13 +84,20 @@ def _library() -> dict[str, Any]:
         notes.append("it was built from other patches than this package has: run `ernie-gguf build`")
     if not found.ccq2:
         notes.append("it does not read ccq2: it is not the patched llama.cpp; run `ernie-gguf build`")
-    if not found.cuda and (driver := driver_version()):
+    if not found.cuda and not found.vulkan and (driver := driver_version()):
         notes.append(
             f"there is an NVIDIA GPU (its driver supports CUDA {driver[0]}.{driver[1]}), but this library is built "
             "without CUDA: run `ernie-gguf build --cuda`"
         )
     elif found.cuda and not ernie_llama.has_nvidia_device():
         notes.append("it is built with CUDA, but the NVIDIA driver is missing or sees no GPU")
+    if found.vulkan and not any(device.name.startswith("Vulkan") for device in found.devices):
+        notes.append("it is built with Vulkan, but no driver offers a GPU: install one, such as mesa-vulkan-drivers")
+    notes += [
+        f"{device.name} does not compute ccq2: the CPU would do that"
+        for device in found.devices
+        if found.ccq2 and not device.ccq2
+    ]
     memory = {each.name: each for each in ernie_llama.device_memory()}
     devices = [
         {**asdict(device), "free": memory[device.name].free, "total": memory[device.name].total}
@@ -103,18 +110,20 @@ def _library_text(found: dict[str, Any]) -> list[Any]:
     from ..report import right, table
 
     has = {True: "yes", False: "no"}
-    devices = table("device", "description", right("memory"), right("free"))
+    devices = table("device", "description", right("memory"), right("free"), "ccq2")
     for device in found["devices"]:
-        devices.add_row(device["name"], device["description"], *(_gib(device[key]) for key in ("total", "free")))
+        sizes = [_gib(device[key]) for key in ("total", "free")]
+        devices.add_row(device["name"], device["description"], *sizes, has[device["ccq2"]])
     built = found["built"]
     return [
         f"{found['path']} ({found['origin']})",
         f"llama.cpp {found['version']} (build {found['build_number']}), ggml {found['ggml_version']}",
         *([f"built from {built['llama_cpp']} with {built['compiler']}", built["options"]] if built else []),
-        f"ccq2: {has[found['ccq2']]}, CUDA: {has[found['cuda']]}, RPC: {has[found['rpc']]}",
+        f"ccq2: {has[found['ccq2']]}, CUDA: {has[found['cuda']]}, Vulkan: {has[found['vulkan']]}, "
+        f"RPC: {has[found['rpc']]}",
         found["system_info"],
         "",
-        table,
+        devices,
         *(f"note: {note}" for note in found["notes"]),
     ]
 
