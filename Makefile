@@ -28,7 +28,7 @@ C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') be
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-pictures test test-arm quality lint format checkout refresh drift search quantizer build build-cuda build-vulkan test-vulkan wheel archives release clean require
+.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda build-vulkan test-vulkan wheel archives release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -119,12 +119,9 @@ $(DEMO)/ernie-vl-tiny-%.gguf: $(wildcard examples/ernie-vl-tiny/*) $(PYTHON_SOUR
 	@mkdir -p $(DEMO)
 	$(BIN)/ernie-gguf convert examples/ernie-vl-tiny --outfile $@ --mmproj $(DEMO)/ernie-vl-tiny-$*.mmproj --outtype $* --overwrite
 
-demo: build $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf ## convert the example checkpoint to BF16 and ccq2, and let both write
-	$(BIN)/python examples/demo.py $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf
-
-demo-pictures: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf ## ask the example that reads pictures what is written on some
-	@for type in bf16 ccq2; do echo "ernie-vl-tiny-$$type.gguf"; $(BIN)/python examples/pictures.py \
-	    $(DEMO)/ernie-vl-tiny-$$type.gguf $(DEMO)/ernie-vl-tiny-$$type.mmproj examples/ernie-vl-tiny/pictures/*.png; done
+demo: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf ## convert an example to BF16 and ccq2, and let both read what is written on images
+	$(BIN)/python examples/demo.py $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf \
+	    examples/ernie-vl-tiny/pictures/1[4-9]-*.png
 
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest

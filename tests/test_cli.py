@@ -377,7 +377,7 @@ def test_text_only(ernie_gguf: Command, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     refused = ernie_gguf("convert", source, "--outfile", out)
     assert (refused.code, out.exists()) == (1, False)
-    assert refused.err.endswith("makes two files: give --mmproj FILE for its eyes, or --text-only\n")
+    assert refused.err.endswith("makes two files: give --mmproj FILE for its vision encoder, or --text-only\n")
     done = ernie_gguf("convert", source, "--outfile", out, "--text-only")
     assert done.code == 0
     assert re.search(r"dropped \d\d tensors \(--dry-run names them and the reasons\)", done.out)

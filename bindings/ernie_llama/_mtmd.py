@@ -161,7 +161,7 @@ class Eyes(Handle):
         LOG.forget()
         pointer = library.mtmd_init_from_file(str(path).encode(), model.pointer, params)
         if not pointer:
-            raise ValueError(f"{path} gives this model no eyes: {LOG.problems()}")
+            raise ValueError(f"{path} cannot be used as this model's mmproj: {LOG.problems()}")
         super().__init__("mmproj", c_void_p(pointer), library.mtmd_free, model)
         if not library.mtmd_support_vision(self.pointer):
             raise ValueError(f"{path} reads no pictures")

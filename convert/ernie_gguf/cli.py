@@ -95,7 +95,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     mmproj: Annotated[
         Path | None,
         typer.Option(
-            help="File for the eyes of a vision-language (VL) checkpoint: its vision tower and resampler.",
+            help="Where to write the vision encoder (mmproj) of a VL checkpoint.",
             show_default=False,
         ),
     ] = None,
@@ -103,15 +103,15 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     vision_experts: Annotated[
         ExpertType | None,
         typer.Option(
-            help="Type of the experts for pictures (default: q8_0 with ccq2 and q4_0, else as the other experts).",
+            help="Type of the vision experts (default: q8_0 with ccq2 and q4_0, else as the other experts).",
             show_default=False,
         ),
     ] = None,
     vision_tokens: Annotated[
         VisionTokens,
         typer.Option(
-            help="Which tokens of a text go through those experts too. all: every id from the picture's placeholder "
-            "on, as in Baidu's engine; marks: those around a picture, as in transformers."
+            help="Which text tokens go through the vision experts too. all: every id from the image placeholder on, as "
+            "in Baidu's engine; marks: those around an image, as in transformers."
         ),
     ] = VisionTokens.ALL,
     ccq_k_order: KOrderOption = KOrder.AUTO,
@@ -134,7 +134,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the summary as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces worked on at once; memory grows with it.")] = min(
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads; memory grows with them.")] = min(
         os.cpu_count() or 1, 4
     ),
 ) -> None:
@@ -215,7 +215,7 @@ def verify(  # noqa: PLR0917 - typer makes options of the parameters
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
     ccq_k_order: KOrderOption = KOrder.AUTO,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from.
 

@@ -146,7 +146,8 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
     """Raises OutputError unless there is a name for each file of the model, and no other."""
     if job.projector is not None and mmproj is None:
         raise OutputError(
-            f"{job.source}: a vision-language model makes two files: give --mmproj FILE for its eyes, or --text-only"
+            f"{job.source}: a vision-language model makes two files: give --mmproj FILE for its vision encoder, "
+            "or --text-only"
         )
     if job.projector is None and mmproj is not None:
         raise OutputError(f"{mmproj}: --mmproj is for vision-language (VL) checkpoints, without --text-only")
@@ -265,7 +266,7 @@ def write_gguf(
     split_max_bytes: int | None = None,
     mmproj: Path | None = None,
 ) -> ConvertResult:
-    """Write a prepared conversion to `outfile`, or to several files, and the eyes of a VL model to `mmproj`.
+    """Write a prepared conversion to `outfile`, or to several files, and the vision encoder of a VL model to `mmproj`.
 
     On failure nothing is left behind.
     """

@@ -155,9 +155,9 @@ def test_the_command_tells_it_in_both_forms(big: dict[str, Path], ernie_gguf: Co
     assert (done.code, told["fits"], told["ctx"]) == (0, True, 4096)
     assert [need["device"] for need in told["plans"][0]["needs"]] == ["GPU 0", "GPU 1", CPU]
     text = ernie_gguf("info", big["300b"], "--gpus", "8,8").out
-    assert "It fits." in text
+    assert "\nFits." in text
     assert "llama-server -ngl 99" in text
-    assert "It does not fit: GPU 0" in ernie_gguf("info", big["300b"], "--gpus", "1").out
+    assert "Does not fit: GPU 0" in ernie_gguf("info", big["300b"], "--gpus", "1").out
 
 
 @pytest.mark.parametrize(("option", "value"), [("--gpus", "24,x"), ("--gpus", "0"), ("--kv", "f11"), ("--ctx", "0")])

@@ -130,7 +130,7 @@ def test_a_vision_model_keeps_its_eyes(quantize: Quantize, tmp_path: Path) -> No
     assert quantize(source, text, "--text-only").code == 0
     done = quantize(source, out, "--mmproj", str(eyes))
     assert done.code == 0
-    assert "the experts for pictures become q8_0: a text cannot calibrate them" in done.err
+    assert "the vision experts become q8_0: a text cannot calibrate them" in done.err
     alone, both = read_gguf(text), read_gguf(out)
     experts = {t.name: alone.rows(t).tobytes() for t in alone.tensors if "_exps." in t.name}
     assert experts == {t.name: both.rows(t).tobytes() for t in both.tensors if "_exps." in t.name}

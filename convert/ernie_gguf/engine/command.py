@@ -30,7 +30,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Compilers that run at once.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel compile jobs.")] = os.cpu_count() or 1,
     llama_cpp: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A llama.cpp checkout instead of the pinned one.", show_default=False),

@@ -156,7 +156,7 @@ def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[Ren
     kv = ", ".join(f"{size / 2**20:.1f} MiB as {name}" for name, size in _kv_per_1k(model).items())
     lines: list[RenderableType] = [
         f"{model.path}: weights {_gib(weights)}; KV cache per 1K tokens {kv}",
-        f"context of {question.n_ctx} tokens, KV cache {question.kv}",
+        f"context of {question.n_ctx} tokens, KV cache {question.kv}; sizes in GiB",
     ]
     for plan in plans:
         lines += ["", f"llama-server {plan.options}" if question.cards else "on the CPU", _table(plan), _verdict(plan)]
@@ -184,7 +184,7 @@ def _verdict(plan: Plan) -> str:
     cpu, free = plan.needs[-1].bytes, main_memory()
     short = [need.device for need in plan.needs if not need.fits]
     if short:
-        return f"GiB. It does not fit: {', '.join(short)} would keep less than {_gib(MARGIN)} for driver and kernels."
+        return f"Does not fit: {', '.join(short)} would have less than {_gib(MARGIN)} left for the driver and kernels."
     if cpu > free:
-        return f"GiB. This machine has {_gib(free)} of main memory available, and the CPU's part takes {_gib(cpu)}."
-    return "GiB. It fits."
+        return f"This machine has {_gib(free)} of main memory available, and the CPU's part takes {_gib(cpu)}."
+    return "Fits."

@@ -107,10 +107,10 @@ def patch_dir() -> Path:
 
 
 def digest(folder: Path) -> str:
-    """A sha256 over names and contents of the files in `folder`, without what Python leaves there."""
+    """A sha256 over names and contents of the files in `folder`, without pages and what Python leaves there."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
             total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
             total.update(path.read_bytes())
     return total.hexdigest()

@@ -53,7 +53,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write tables, pictures and JSON of every matrix to this folder.", show_default=False
+            metavar="DIR", help="Write tables, plots and JSON of every matrix to this folder.", show_default=False
         ),
     ] = None,
     ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=64, help="Tokens per calibration sequence.")] = 512,
@@ -77,13 +77,13 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     ] = None,
     mmproj: Annotated[
         Path | None,
-        typer.Option(help="File for the eyes of a vision-language (VL) checkpoint.", show_default=False),
+        typer.Option(help="Where to write the vision encoder (mmproj) of a VL checkpoint.", show_default=False),
     ] = None,
     mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
     vision_experts: Annotated[
-        ExpertType, typer.Option(help="Type of the experts for pictures: TEXT says nothing of them.")
+        ExpertType, typer.Option(help="Type of the vision experts, which are not calibrated.")
     ] = ExpertType.Q8_0,
-    vision_tokens: Annotated[VisionTokens, typer.Option(help="As of convert.")] = VisionTokens.ALL,
+    vision_tokens: Annotated[VisionTokens, typer.Option(help="Same as in `convert`.")] = VisionTokens.ALL,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Quantize only the language model of a vision-language (VL) checkpoint.")
     ] = False,

@@ -23,7 +23,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class ChatError(ErnieGgufError):
-    """The file cannot be chatted with."""
+    """FILE cannot be used for a chat."""
 
 
 def chat(  # noqa: PLR0917 - typer makes options of the parameters
@@ -33,7 +33,7 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
         int, typer.Option("--ctx", min=0, help="Tokens that the conversation has room for; 0 for all the model has.")
     ] = 8192,
     temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the random draws; -1 for another one each time.")] = -1,
+    seed: Annotated[int, typer.Option(help="Random seed; -1 picks a new one each run.")] = -1,
     threads: Annotated[int, typer.Option(min=0, help="0 for one per physical core.")] = 0,
     n_gpu_layers: Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1 for all.")] = -1,
     n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,

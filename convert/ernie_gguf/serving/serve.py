@@ -53,7 +53,7 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     ],
     mmproj: Annotated[
         Path | None,
-        typer.Option(help="The eyes of a vision-language model, for requests with pictures.", show_default=False),
+        typer.Option(help="The mmproj of a vision-language model, for requests with images.", show_default=False),
     ] = None,
     args: Annotated[
         list[str] | None,
