@@ -78,8 +78,8 @@ def test_products_are_those_of_the_cpu(programs: Programs, op: str, least: int) 
     assert [line for line in refused if not NOT_SUPPORTED.search(line)] == []
 
 
-# Few columns and many are two kernels, and two processes: llvmpipe (Mesa 22.3.6) ends in a corrupted heap when one runs
-# both. A GPU runs all cases in one process.
+# Few columns and many are two kernels, and two processes: in llvmpipe (Mesa 22.3.6) the kernel for many columns damages the
+# heap, with upstream's q4_0 and q8_0 as well. A GPU runs all cases in one process.
 @pytest.mark.parametrize(
     ("op", "parameters", "least"),
     [
@@ -133,7 +133,7 @@ def test_the_example_writes_the_same(programs: Programs, tiny_ccq2_gguf: Path) -
         done = programs.run(
             FLOATS, "llama-completion", "-m", tiny_ccq2_gguf, "-p", "import os\n", *fixed, *options, "-v"
         )
-        assert ("offloaded 4/4 layers to GPU" in done.stderr) == (options != CPU)
+        assert ("Vulkan0 model buffer size" in done.stderr) == (options != CPU)
         return done.stdout
 
     assert written("-ngl", "99") == written(*CPU)
