@@ -24,7 +24,8 @@ INTEGERS = {"GGML_VK_FORCE_INTEGER_DOT_PRODUCT": "1"}  # llvmpipe has them, thou
 FLOATS = {"GGML_VK_DISABLE_INTEGER_DOT_PRODUCT": "1"}
 CPU = ("-dev", "none")
 # Where the matrices are computed: all on the device, or the experts on the CPU.
-PLACES = {"device": ("-ngl", "99"), "experts on the CPU": ("-ngl", "99", "--n-cpu-moe", "99")}
+DEVICE = ("-dev", "Vulkan0", "-ngl", "99")  # naming it loads the backend
+PLACES = {"device": DEVICE, "experts on the CPU": (*DEVICE, "--n-cpu-moe", "99")}
 # Vulkan has no broadcasts over dimension 3 and no permuted matrices for any quantized type, the CPU no f16 columns.
 NOT_SUPPORTED = re.compile(r"type_b=f16|nr=\[\d,2\]|per=\[0,(?!1,2,3\])")
 
@@ -136,7 +137,7 @@ def test_the_example_writes_the_same(programs: Programs, tiny_ccq2_gguf: Path) -
         assert ("Vulkan0 model buffer size" in done.stderr) == (options != CPU)
         return done.stdout
 
-    assert written("-ngl", "99") == written(*CPU)
+    assert written(*DEVICE) == written(*CPU)
 
 
 def test_pictures_are_read_the_same(programs: Programs, tmp_path: Path) -> None:
@@ -149,6 +150,6 @@ def test_pictures_are_read_the_same(programs: Programs, tmp_path: Path) -> None:
         return programs.run(FLOATS, "llama-mtmd-cli", *asked, *fixed, *options).stdout.strip()
 
     for picture in sorted((VL_TINY / "pictures").glob("*.png"))[:4]:
-        seen = answer(picture, "-ngl", "99")
+        seen = answer(picture, *DEVICE)
         assert seen == answer(picture, *CPU, "--no-mmproj-offload")
         assert picture.stem.split("-")[1] in seen
