@@ -191,6 +191,19 @@ def test_an_old_cmake_is_named(path: Path, ernie_gguf: Command) -> None:
 
 
 @pytest.mark.usefixtures("_tools")
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [
+        ((11, 5), "80;86"),
+        ((12, 4), "80;86;89;90"),
+        ((12, 8), "80;86;89;90;120a-real"),
+        ((13, 0), "80;86;89;90;120a-real;121a-real"),
+    ],
+)
+def test_every_architecture_that_the_compiler_knows(compiler: tuple[int, int], expected: str) -> None:
+    assert tools.every_architecture(compiler) == expected
+
+
 def test_cuda_newer_than_the_driver_is_named(path: Path, ernie_gguf: Command) -> None:
     program(path, "nvcc", "Cuda compilation tools, release 13.0, V13.0.48")
     program(path, "nvidia-smi", "| NVIDIA-SMI 550.54  Driver Version: 550.54  CUDA Version: 12.4 |")
