@@ -190,7 +190,6 @@ def test_an_old_cmake_is_named(path: Path, ernie_gguf: Command) -> None:
     assert f"error: {path / 'cmake'} has version 3.10, too old: 3.18 is needed" in ernie_gguf("build").err
 
 
-@pytest.mark.usefixtures("_tools")
 @pytest.mark.parametrize(
     ("compiler", "expected"),
     [
@@ -204,6 +203,7 @@ def test_every_architecture_that_the_compiler_knows(compiler: tuple[int, int], e
     assert tools.every_architecture(compiler) == expected
 
 
+@pytest.mark.usefixtures("_tools")
 def test_cuda_newer_than_the_driver_is_named(path: Path, ernie_gguf: Command) -> None:
     program(path, "nvcc", "Cuda compilation tools, release 13.0, V13.0.48")
     program(path, "nvidia-smi", "| NVIDIA-SMI 550.54  Driver Version: 550.54  CUDA Version: 12.4 |")
