@@ -6,7 +6,7 @@ VENV               ?= .venv
 BUILD_DIR          ?= build
 LLAMA_CPP_SRC      ?=
 JOBS               ?= $(shell nproc)
-CUDA_ARCHITECTURES ?= 80;86;89;90
+CUDA_ARCHITECTURES ?= every
 LLAMA_CMAKE_ARGS   ?=
 # What `make test` installs beside the package: dev; reference and paddle for the comparisons with transformers and paddle.
 EXTRAS             ?= dev

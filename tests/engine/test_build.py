@@ -190,6 +190,19 @@ def test_an_old_cmake_is_named(path: Path, ernie_gguf: Command) -> None:
     assert f"error: {path / 'cmake'} has version 3.10, too old: 3.18 is needed" in ernie_gguf("build").err
 
 
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [
+        ((11, 5), "80;86"),
+        ((12, 4), "80;86;89;90"),
+        ((12, 8), "80;86;89;90;120a-real"),
+        ((13, 0), "80;86;89;90;120a-real;121a-real"),
+    ],
+)
+def test_every_architecture_that_the_compiler_knows(compiler: tuple[int, int], expected: str) -> None:
+    assert tools.every_architecture(compiler) == expected
+
+
 @pytest.mark.usefixtures("_tools")
 def test_cuda_newer_than_the_driver_is_named(path: Path, ernie_gguf: Command) -> None:
     program(path, "nvcc", "Cuda compilation tools, release 13.0, V13.0.48")

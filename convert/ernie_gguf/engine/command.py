@@ -26,7 +26,8 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
     arch: Annotated[
         str | None,
         typer.Option(
-            help="GPU architectures: 86 for a 3090, or several: '80;86'. Default: those of the GPUs here.",
+            help="GPU architectures: 86 for a 3090, several: '80;86', or every: from Ampere on, as far as nvcc knows "
+            "them. Default: those of the GPUs here.",
             show_default=False,
         ),
     ] = None,
@@ -59,8 +60,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
     from . import build as steps
     from .install import install, install_search
     from .page import page_state
-    from .recipe import CUDA_ARCHITECTURES, Flavour, Job
-    from .tools import driver_version
+    from .recipe import Flavour, Job
 
     data = data_folder()
     if clean:
@@ -74,7 +74,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         flavour=(Flavour.PORTABLE if portable else Flavour.CUDA if cuda else Flavour.VULKAN if vulkan else Flavour.CPU),
         jobs=jobs,
         source=llama_cpp,
-        architectures=arch or ("native" if driver_version() else CUDA_ARCHITECTURES),
+        architectures=_architectures(arch) if cuda else "",
         cmake_args=tuple(cmake_args or ()),
         tests=folder is not None and not portable,
         backend_only=backend_only,
@@ -93,6 +93,17 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
     if why := page_state(job):
         sys.stderr.write(f"note: llama-server has no page for browsers: {why}\n")
     typer.echo(built)
+
+
+def _architectures(arch: str | None) -> str:
+    """The GPUs that CMake is told to build for. Without nvcc any will do: the checks before the build miss it."""
+    from . import tools
+
+    if arch and arch != "every":
+        return arch
+    if (arch is None and tools.driver_version()) or tools.find("nvcc") is None:
+        return "native"
+    return tools.every_architecture(tools.cuda_version())
 
 
 @contextmanager

@@ -13,7 +13,15 @@ PROGRAMS = (
     *("llama-imatrix", "llama-mtmd-cli", "llama-tokenize", "llama-gguf-split", "llama-fit-params", "ggml-rpc-server"),
 )
 TESTS = ("test-backend-ops", "test-quantize-fns", "test-cpu-panels")  # ours, and those that know ccq2 by our patches
-CUDA_ARCHITECTURES = "80;86;89;90"  # where no GPU is there to ask
+# GPUs to build for where none is there to ask, and the nvcc that each needs: Ampere, Ada, Hopper, Blackwell, DGX Spark.
+CUDA_ARCHITECTURES = {
+    "80": (11, 0),
+    "86": (11, 1),
+    "89": (11, 8),
+    "90": (11, 8),
+    "120a-real": (12, 8),
+    "121a-real": (12, 9),
+}
 
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -65,7 +73,7 @@ class Job:
     flavour: Flavour
     jobs: int
     source: Path | None = None
-    architectures: str = CUDA_ARCHITECTURES
+    architectures: str = "native"
     cmake_args: tuple[str, ...] = ()
     tests: bool = False
     backend_only: bool = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ErnieGgufError
 from ..files import free_bytes
 from . import vulkan
-from .recipe import Flavour, Job
+from .recipe import CUDA_ARCHITECTURES, Flavour, Job
 
 # For CMAKE_CUDA_ARCHITECTURES, and to compress the page; ggml-vulkan says 3.19 itself.
 CMAKE_LEAST = {Flavour.CPU: (3, 18), Flavour.PORTABLE: (3, 18), Flavour.CUDA: (3, 18), Flavour.VULKAN: (3, 19)}
@@ -66,7 +66,7 @@ def check(job: Job) -> None:
         found, least = (".".join(map(str, each)) for each in (version, CMAKE_LEAST[job.flavour]))
         raise ToolError(f"{find('cmake')} has version {found}, too old: {least} is needed; pip install cmake")
     if job.flavour is Flavour.CUDA:
-        check_cuda(_version("nvcc", r"release (\d+)\.(\d+)"), driver_version())
+        check_cuda(cuda_version(), driver_version())
     free, wanted = free_bytes(_existing(job.folder)), DISK[job.flavour]
     if not (job.build / "build.ninja").exists() and free < wanted:
         raise ToolError(f"{job.folder} has {free / 1e9:.1f} GB free, and the build takes {wanted / 1e9:.0f} GB")
@@ -106,6 +106,16 @@ def driver_version() -> tuple[int, int] | None:
     done = subprocess.run([smi], capture_output=True, text=True, check=False)
     match = re.search(r"CUDA Version: (\d+)\.(\d+)", done.stdout)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def cuda_version() -> tuple[int, int]:
+    """The version of nvcc. Raises ToolError if it does not tell."""
+    return _version("nvcc", r"release (\d+)\.(\d+)")
+
+
+def every_architecture(compiler: tuple[int, int]) -> str:
+    """The GPUs of `CUDA_ARCHITECTURES` that an nvcc of this version knows, as CMake wants them: "80;86"."""
+    return ";".join(name for name, least in CUDA_ARCHITECTURES.items() if compiler >= least)
 
 
 def _version(tool: str, pattern: str) -> tuple[int, int]:
