@@ -113,7 +113,7 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
 def output_path(job: Job, outfile: Path) -> Path:
     """The file to write: in a folder, NAME-OUTTYPE.gguf (upstream's habit, without the size)."""
     if outfile.is_dir():
-        return outfile / f"{model_name(job.source)}-{job.plan.outtype.value.upper()}.gguf"
+        return outfile / f"{model_name(job.source)}-{job.plan.label or job.plan.outtype.value.upper()}.gguf"
     return outfile
 
 

@@ -17,14 +17,16 @@ import numpy as np
 from .arrays import U8
 from .checkpoint.shards import ShardReader
 from .checkpoint.storage import ROWS
+from .checkpoint.values import Values
 from .errors import EncodeError
 from .files import pwrite
-from .gguf_file.types import padded
+from .gguf_file.types import GgmlType, padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values
 from .workers import in_order
 
+EncodeValues = Callable[[Values, GgmlType], tuple[U8, Inexact]]
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
 
 
@@ -108,7 +110,7 @@ def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbyt
     return done
 
 
-def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
+def _write_piece(reader: ShardReader, fd: int, piece: Piece, encode: EncodeValues) -> Inexact:
     source = piece.part.source
     if _copied(piece.part, piece.tensor):
         begin = source.main.offset + piece.row * piece.tensor.row_nbytes
@@ -116,7 +118,7 @@ def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
             return ALL_EXACT
     values = source.storage.read(reader, source, piece.row, piece.rows)
     try:
-        data, inexact = encode_values(values, piece.tensor.ggml_type)
+        data, inexact = encode(values, piece.tensor.ggml_type)
     except EncodeError as exc:
         raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
     data = np.ascontiguousarray(_reordered(data, piece.tensor.head_order))
@@ -142,8 +144,11 @@ def write_tensors(
     progress: Progress,
     *,
     skip: Callable[[TensorPlan], bool] = lambda _: False,
+    encode: EncodeValues = encode_values,
 ) -> dict[str, Inexact]:
     """Write a plan's tensors, except those to `skip`, to an open file; its data section begins at `data_offset`.
+
+    `encode` makes the bytes of rows: `quantize` brings types that `transform` does not know.
 
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
@@ -152,7 +157,7 @@ def write_tensors(
     inexact: dict[str, Inexact] = {}
 
     def written(piece: Piece) -> tuple[Piece, Inexact]:
-        return piece, _write_piece(reader, fd, piece)
+        return piece, _write_piece(reader, fd, piece, encode)
 
     with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
         reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from ..arrays import U8
+from ..arrays import F32, U8
 from ..ccq2.rows import GROUP
 from ..stock.pack import StockRows, pack_stock_rows
 from ..stock.types import StockType
 from .encoder import Encoded
 from .hessian import Hessian, factor, identity
+from .kernels import LANES
 from .settings import PERCDAMP
 from .stock_kernels import StockGroup, StockKernels
 from .stock_torch import StockSearch, divided, estimate, middle
@@ -51,8 +52,11 @@ class State:
         return State(**{field.name: pick(field.name) for field in fields(self)})
 
 
-def _start(kind: StockType, w: torch.Tensor, hessian: Hessian) -> tuple[State, torch.Tensor]:
-    """Rows of w [B, N, K] with their first super scales; and the unit [B, N], a power of two, that they are divided by."""
+def _start(kind: StockType, w: torch.Tensor, h: torch.Tensor | None = None) -> tuple[State, torch.Tensor]:
+    """Rows of w [B, N, K] with their first super scales; and the unit [B, N], a power of two, that they are divided by.
+
+    Without h [B, K, K] it is I.
+    """
     largest = w.abs().amax(2)
     unit = torch.where(largest > 0, largest, 1).frexp().exponent.clamp(max=127).float().exp2()
     columns = (w / unit[:, :, None]).mT.contiguous()
@@ -66,7 +70,8 @@ def _start(kind: StockType, w: torch.Tensor, hessian: Hessian) -> tuple[State, t
     empty = torch.zeros(b, k // kind.sub, n, device=w.device)
     codes = torch.zeros(b, k // kind.dim, n, dtype=torch.int32, device=w.device)
     runs = (empty.clone() for _ in range(4))
-    return State(columns, hessian.h @ columns, columns.clone(), torch.zeros_like(largest), d, dmin, codes, *runs), unit
+    hw = columns if h is None else h @ columns
+    return State(columns, hw, columns.clone(), torch.zeros_like(largest), d, dmin, codes, *runs), unit
 
 
 def _fresh(state: State) -> State:
@@ -167,14 +172,26 @@ class StockPipeline:
     passes: int = STOCK_PASSES
     percdamp: float = PERCDAMP
 
-    def plain(self, first: State, unit: torch.Tensor, hessian: Hessian) -> State:
-        """Encode by squared error. `cost` is E H Eᵀ all the same."""
+    @property
+    def name(self) -> str:
+        """The type's."""
+        return self.kind.name
+
+    def plain(self, first: State, unit: torch.Tensor) -> State:
+        """Encode by squared error."""
         kind, state = self.kind, _fresh(first)
         none = identity(len(state.w), state.w.device, kind.dim)
         for _, _, views in _groups(kind, state):
             self.kernels.feedback_group(kind, views, views.w, none, state.cost)
         corrected = replace(_correct_scale(replace(state, hw=state.w)), hw=state.hw)  # by squared error: H = I
-        return _cost(_stored(kind, corrected, unit), hessian)
+        return _stored(kind, corrected, unit)
+
+    def round(self, rows: F32) -> U8:
+        """The bytes of rows [N, K] encoded by squared error, without a Hessian."""
+        missing = -len(rows) % LANES
+        padded = np.concatenate([rows, np.repeat(rows[-1:], missing, 0)]) if missing else rows
+        first, unit = _start(self.kind, torch.from_numpy(np.ascontiguousarray(padded))[None])
+        return self._pack(self.plain(first, unit), unit)[0][: len(rows)]
 
     def calibrated(self, first: State, unit: torch.Tensor, hessian: Hessian) -> State:
         """Encode by E H Eᵀ."""
@@ -191,8 +208,8 @@ class StockPipeline:
         A row on which the plain encoder does better takes its encoding.
         """
         hessian = factor(h, self.percdamp, self.kind.dim)
-        first, unit = _start(self.kind, w, hessian)
-        plain = self.plain(first, unit, hessian)
+        first, unit = _start(self.kind, w, hessian.h)
+        plain = _cost(self.plain(first, unit), hessian)
         best = self.calibrated(first, unit, hessian).better(plain)
         size = unit.double().square()
         square, square_error = best.w.square().sum(1), best.e.square().sum(1)
@@ -203,7 +220,7 @@ class StockPipeline:
         return Encoded(
             self._pack(best, unit),
             ((best.w - best.e) * unit[:, None]).mT.contiguous(),
-            best.scales.abs().clamp(max=15).to(torch.uint8),
+            torch.zeros(len(w), 0, w.shape[1], dtype=torch.uint8),  # the report counts ccq2's scales alone
             square * size,
             square_error * size,
             undamped((best.hw * best.w).sum(1), square),
