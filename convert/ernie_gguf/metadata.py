@@ -19,13 +19,12 @@ from .checkpoint.vocab import Vocab
 from .expected import Role
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.reader import value_offset
-from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, GgmlType
+from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, MIX_KEY, GgmlType
 from .plan import Plan, TensorPlan
 
 VISION_WIDTH_KEY = "{arch}.expert_vision_feed_forward_length"
 VISION_TOKENS_KEY = "{arch}.vision_token_range"  # first and last id
 TOWER_EPS = 1e-6  # of the tower's layer norms, in no config.json
-MIX_KEY = "ernie_gguf.mix.types"  # NAME=TYPE of every matrix but the router
 INEXACT_KEY = "ernie_gguf.ccq.inexact_rows"  # of a repacked 2-bit checkpoint
 
 # general.file_type is what llama.cpp prints as the model's type; ccq2 takes the number of its tensor type.

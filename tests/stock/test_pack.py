@@ -55,9 +55,7 @@ def decoded(kind: StockType, rows: StockRows) -> npt.NDArray[np.float64]:
     step = rows.d.astype(np.float64).repeat(kind.block // kind.sub, 1)
     if rule:
         step = step * (rule.a * rows.scales + rule.c)
-    minimum = (
-        rows.dmin.astype(np.float64).repeat(kind.block // kind.sub, 1) * rows.mins if kind.has_min else 0.0 * step
-    )
+    minimum = rows.dmin.astype(np.float64).repeat(kind.block // kind.sub, 1) * rows.mins if kind.has_min else 0.0 * step
     values: npt.NDArray[np.float64] = found.reshape(len(step), K) * step.repeat(kind.sub, 1)
     return values - minimum.repeat(kind.sub, 1)
 

@@ -77,7 +77,10 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     bits: Annotated[
         float | None,
         typer.Option(
-            min=1, max=16, help="The best experts of at most so many bits per weight; the rest q8_0.", show_default=False
+            min=1,
+            max=16,
+            help="The best experts of at most so many bits per weight; the rest q8_0.",
+            show_default=False,
         ),
     ] = None,
     types: Annotated[

@@ -92,5 +92,7 @@ def encode_rest(values: Values, ggml_type: GgmlType) -> tuple[U8, Inexact]:
     finite = np.isfinite(rows)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
-        raise EncodeError(row, column, f"{rows[row, column]:g} does not fit {kind.name}, which holds finite values only")
+        raise EncodeError(
+            row, column, f"{rows[row, column]:g} does not fit {kind.name}, which holds finite values only"
+        )
     return StockPipeline(kind, stock_kernels_for("cpu")).round(rows), ALL_EXACT

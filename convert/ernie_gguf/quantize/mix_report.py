@@ -7,31 +7,9 @@ from typing import Any
 from rich.text import Text
 
 from ..expected import Role
-from ..report import human, right, table
-from .mix import expert_of, part_of
+from ..report import experts_by_layer, human, right, table
+from .mix import part_of
 from .target import Mix, cards_that_fit
-
-
-def _layers(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-
-
-def _runs(mix: Mix) -> list[tuple[list[int], dict[str, str], int]]:
-    """Neighbouring layers whose experts have the same types: layers, types by projection, bytes."""
-    layers: dict[int, tuple[dict[str, str], int]] = {}
-    for tensor in mix.job.plan.tensors:
-        if tensor.is_expert:
-            layer, projection = expert_of(tensor.name)
-            types, nbytes = layers.get(layer, ({}, 0))
-            layers[layer] = ({**types, projection: tensor.ggml_type.name.lower()}, nbytes + tensor.nbytes)
-    runs: list[tuple[list[int], dict[str, str], int]] = []
-    for layer, (types, nbytes) in sorted(layers.items()):
-        if runs and runs[-1][1] == types:
-            numbers, _, before = runs.pop()
-            runs.append(([*numbers, layer], types, before + nbytes))
-        else:
-            runs.append(([layer], types, nbytes))
-    return runs
 
 
 def _rest(mix: Mix) -> dict[tuple[str, str], int]:
@@ -50,9 +28,7 @@ def _rest(mix: Mix) -> dict[tuple[str, str], int]:
 
 def mix_table(mix: Mix) -> list[Any]:
     """For people."""
-    experts = table("layers", "gate", "up", "down", right("size"))
-    for numbers, types, nbytes in _runs(mix):
-        experts.add_row(_layers(numbers), *(types[p] for p in ("gate", "up", "down")), human(nbytes))
+    experts = experts_by_layer((t.name, t.ggml_type.name.lower(), t.nbytes) for t in mix.job.plan.tensors)
     rest = table("rest", "type", right("size"))
     for (part, name), nbytes in _rest(mix).items():
         rest.add_row(part, name, human(nbytes))

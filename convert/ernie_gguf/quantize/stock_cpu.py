@@ -101,6 +101,8 @@ class CpuStockKernels:
         names = ("w", "e", "d", "dmin", "codes", "step", "minimum", "scales", "mins")
         for b in range(len(rows.w)):
             arrays = (getattr(rows, name)[b].data_ptr() for name in names)
-            matrix = StockRowsStruct(n, stride, *arrays, fed[b].data_ptr(), None if cost is None else cost[b].data_ptr())
+            matrix = StockRowsStruct(
+                n, stride, *arrays, fed[b].data_ptr(), None if cost is None else cost[b].data_ptr()
+            )
             tables = (ctypes.c_void_p(a[b].data_ptr()) for a in own)
             function(self._width, ctypes.byref(described.struct), ctypes.byref(matrix), *tables)

@@ -98,9 +98,7 @@ class StockSearch:
         code = (index | bits.sum(-1) << SIGNS).int()
         return code, self.values(code[:, None])[:, 0]
 
-    def _even(
-        self, y: torch.Tensor, sign: torch.Tensor, metric: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _even(self, y: torch.Tensor, sign: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries [B, N] and signs [B, N, 8] with an even number of minus signs."""
         odd = (sign.prod(-1) < 0)[..., None]
         flips = 1 - 2 * torch.eye(8, device=y.device)  # [8, 8]

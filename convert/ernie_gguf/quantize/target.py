@@ -144,7 +144,9 @@ def _check_stock(overrides: Mapping[str, GgmlType], plan: Plan) -> None:
     if wrong:
         raise QuantizeError(f"{wrong[0]}: ccq2 is unknown to stock llama.cpp; leave --types stock out, or take iq2_s")
     if any(t.ggml_type is GgmlType.CCQ2 and not t.is_expert and t.name not in overrides for t in plan.tensors):
-        raise QuantizeError("--vision-experts ccq2 is unknown to stock llama.cpp; leave --types stock out, or give q4_0")
+        raise QuantizeError(
+            "--vision-experts ccq2 is unknown to stock llama.cpp; leave --types stock out, or give q4_0"
+        )
 
 
 def choose_mix(job: Job, request: MixRequest, chosen: Mapping[str, GgmlType]) -> Mix:
