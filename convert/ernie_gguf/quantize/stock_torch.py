@@ -18,6 +18,11 @@ def divided(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return torch.where(by == 0, 0, x / torch.where(by == 0, 1, by))
 
 
+def _distance(x: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """x M xᵀ of x [B, dim, N] in the metrics [B, dim, dim]: [B, N]."""
+    return ((metric @ x) * x).sum(1)
+
+
 @dataclass(frozen=True)
 class Step:
     """The step and minimum of a run with their integers, float32 of any one shape."""
@@ -236,7 +241,11 @@ class TorchStockKernels:
                 block = slice(dim * q, dim * (q + 1))
                 others = p[:, block] - h[:, block, block].mT @ e[:, block]
                 ideal = rows.w[:, block] + hessian.diag_inverse[:, q].mT @ others
-                codes, found = search.nearest(divided(ideal + minimum, step), h[:, block, block])
+                y, metric, before = divided(ideal + minimum, step), h[:, block, block], v[:, q * dim - columns.start :][:, :dim]
+                codes, found = search.nearest(y, metric)
+                keep = _distance(y - before, metric) < _distance(y - found, metric)  # signs may forbid what stands there
+                codes = torch.where(keep, rows.codes[:, q], codes)
+                found = torch.where(keep[:, None], before, found)
                 moved = e[:, block] - (rows.w[:, block] - (step * found - minimum))
                 rows.codes[:, q] = codes
                 e[:, block] -= moved

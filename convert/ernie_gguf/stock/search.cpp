@@ -358,6 +358,19 @@ template <int LANES> struct stock_kernels {
         }
     }
 
+    // (y - v) M (y - v)
+    template <int D> static INLINE vfloat distance(const tables & t, const vfloat * y, const vfloat * v) {
+        vfloat total = { 0 };
+        for (int i = 0; i < D; i++) {
+            vfloat part = { 0 };
+            for (int j = 0; j < D; j++) {
+                part += (y[j] - v[j]) * t.metric[D * j + i];
+            }
+            total += part * (y[i] - v[i]);
+        }
+        return total;
+    }
+
     static INLINE float value_of(const stock_kind & kind, int entry, int signs, int j) {
         const float g = kind.pair ? kind.grid[(j & 3) * kind.words + (j < 4 ? entry & 255 : entry >> 8)] : kind.grid[j * kind.words + entry];
         return signs >> j & 1 ? -g : g;
@@ -609,7 +622,12 @@ template <int LANES> struct stock_kernels {
                 y[j] = divided(y[j], step);
             }
             nearest<D>(kind, t[q], y, &code, found);
-            *(uint_ *) (rows.codes + at / D * rows.stride + i) = code;
+            uint_ *    codes = (uint_ *) (rows.codes + at / D * rows.stride + i);
+            const vint keep  = distance<D>(t[q], y, v + D * q) < distance<D>(t[q], y, found);
+            *codes           = keep ? (vint) *codes : code;  // the rule of signs may forbid what stands there
+            for (int j = 0; j < D; j++) {
+                found[j] = keep ? v[D * q + j] : found[j];
+            }
             for (int j = 0; j < D; j++) {
                 float *      e     = rows.e + (at + j) * rows.stride + i;
                 const vfloat fresh = load(rows.w + (at + j) * rows.stride + i) - (step * found[j] - minimum);
