@@ -35,6 +35,7 @@ from .mix import (
 
 STOCK_DEFAULT = GgmlType.IQ2_S  # of the experts with --types stock and no size
 _SPARE = 1024  # bytes for the keys of calibration, which the plan's header lacks
+_NAME = 4  # bytes by which a type's name may be longer than the plan's
 _STEPS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)  # of the budget: what else there is to choose from
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -112,11 +113,17 @@ def read_losses(report: Path, plan: Plan) -> dict[str, float]:
     return out
 
 
-def file_nbytes(job: Job) -> int:
-    """Bytes of the file that a job makes, exactly but for a few keys, which count as _SPARE."""
+def header_nbytes(job: Job, label: str) -> int:
+    """Bytes that the header of a mix takes at most, whatever its types; a few keys of calibration included."""
+    labelled = replace(job, plan=replace(job.plan, label=label))
     with TemporaryDirectory() as folder:
-        header = write_header(file_header(job, [job.plan], 0), Path(folder) / "header")
-    return header + _SPARE + sum(padded(tensor.nbytes) for tensor in job.plan.tensors)
+        found = write_header(file_header(labelled, [labelled.plan], 0), Path(folder) / "header")
+    return found + _NAME * len(job.plan.tensors) + _SPARE
+
+
+def data_nbytes(plan: Plan) -> int:
+    """Bytes of all tensors with their padding."""
+    return sum(padded(tensor.nbytes) for tensor in plan.tensors)
 
 
 def expert_bits(plan: Plan) -> float:
@@ -161,21 +168,23 @@ def choose_mix(job: Job, request: MixRequest, chosen: Mapping[str, GgmlType]) ->
         plan = with_types(plan, {t.name: STOCK_DEFAULT for t in plan.tensors if t.is_expert and _fits(t)}, "")
     plan = with_types(plan, fixed, "")
     if request.target is None and request.bits is None:
-        return _measured(job, with_types(plan, {}, _label(plan, request)), losses, ())
+        label = _label(plan, request)
+        return _measured(job, with_types(plan, {}, label), header_nbytes(job, label), losses, ())
     whole = request.target is not None
     groups = groups_of(plan, fixed, losses, request.stock, rest=whole)
     loose = {tensor.name for group in groups for tensor in group.tensors}
     counted = [t for t in plan.tensors if t.name not in loose and (whole or t.is_expert)]
     base = sum(padded(tensor.nbytes) for tensor in counted)
+    header = header_nbytes(job, _label(plan, request))
     if request.target is not None:
-        labelled = replace(job, plan=replace(plan, label=_label(plan, request)))
-        base += file_nbytes(labelled) - sum(padded(t.nbytes) for t in plan.tensors) + 16 * len(loose)
+        base += header
         budget = request.target - base
     else:
         weights = sum(tensor.elements for tensor in plan.tensors if tensor.is_expert)
         budget = int(float(request.bits or 0) * weights / 8) - base
     _check_budget(budget, groups, base, job, request)
-    return _chosen(job, plan, request, groups, budget, losses)
+    mix = _Choice(job, plan, _label(plan, request), header, losses)
+    return mix.best(groups, budget)
 
 
 def _fits(tensor: TensorPlan) -> bool:
@@ -213,28 +222,40 @@ def _smallest_types(groups: list[Group]) -> str:
     return "all experts " + names.popitem()[0] if len(names) == 1 else f"with {', '.join(names)}"
 
 
-def _chosen(
-    job: Job, plan: Plan, request: MixRequest, groups: list[Group], budget: int, losses: Mapping[str, float]
-) -> Mix:
-    label = _label(plan, request)
-    curve = frontier(groups, min(int(budget * max(_STEPS)), largest(groups)) + len(groups))
-    found = curve.at(budget)
-    if found is None:  # the knapsack counts in whole units
-        found = {t.name: min(g.options, key=lambda o: o.nbytes).ggml_type for g in groups for t in g.tensors}
-    steps: list[Step] = []
-    for share in _STEPS:
-        types = found if share == 1 else curve.at(int(budget * share))
-        if types is not None:
-            mix = _measured(job, with_types(plan, types, label), losses, ())
-            step = Step(mix.nbytes, mix.bits, mix.loss or 0.0)
-            if step not in steps:
-                steps.append(step)
-    return _measured(job, with_types(plan, found, label), losses, tuple(steps))
+@dataclass(frozen=True)
+class _Choice:
+    """What is known before the knapsack: the plan so far, its label, the header's bytes, the losses."""
+
+    job: Job
+    plan: Plan
+    label: str
+    header: int
+    losses: Mapping[str, float]
+
+    def best(self, groups: list[Group], budget: int) -> Mix:
+        """The least loss within the budget, and steps around it."""
+        curve = frontier(groups, min(int(budget * max(_STEPS)), largest(groups)) + len(groups))
+        found = curve.at(budget)
+        if found is None:  # the knapsack counts in whole units
+            found = {t.name: min(g.options, key=lambda o: o.nbytes).ggml_type for g in groups for t in g.tensors}
+        steps: list[Step] = []
+        for share in _STEPS:
+            types = found if share == 1 else curve.at(int(budget * share))
+            if types is not None:
+                mix = self.measured(types)
+                step = Step(mix.nbytes, mix.bits, mix.loss or 0.0)
+                if step not in steps:
+                    steps.append(step)
+        return replace(self.measured(found), steps=tuple(steps))
+
+    def measured(self, types: Mapping[str, GgmlType]) -> Mix:
+        """The mix with these types."""
+        return _measured(self.job, with_types(self.plan, types, self.label), self.header, self.losses, ())
 
 
-def _measured(job: Job, plan: Plan, losses: Mapping[str, float], steps: tuple[Step, ...]) -> Mix:
-    made = replace(job, plan=plan)
-    return Mix(made, file_nbytes(made), expert_bits(plan), predicted_loss(plan, losses), steps)
+def _measured(job: Job, plan: Plan, header: int, losses: Mapping[str, float], steps: tuple[Step, ...]) -> Mix:
+    nbytes = header + data_nbytes(plan)
+    return Mix(replace(job, plan=plan), nbytes, expert_bits(plan), predicted_loss(plan, losses), steps)
 
 
 def mix_json(mix: Mix) -> dict[str, Any]:
