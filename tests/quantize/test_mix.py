@@ -161,7 +161,9 @@ def test_a_bad_report(small_job: Job, tmp_path: Path, text: str | None, problem:
 
 
 def test_too_small_says_what_is_possible(job: Job) -> None:
-    with pytest.raises(QuantizeError, match=r"--target-size 4.0 GB is too small: the smallest possible file has (.*) GB"):
+    with pytest.raises(
+        QuantizeError, match=r"--target-size 4.0 GB is too small: the smallest possible file has (.*) GB"
+    ):
         choose_mix(job, MixRequest(target=parse_target("4G")), {})
     with pytest.raises(QuantizeError, match=r"--bits 1.5 is too small: the smallest possible are 2\.06"):
         choose_mix(job, MixRequest(bits=1.5), {})

@@ -79,7 +79,7 @@ def test_a_mix_resumes(quantize: Quantize, small: Path, tmp_path: Path, monkeypa
     def stops(self: run_module._Run, number: int, *args: object) -> object:
         if number == 2:
             raise OSError(28, "No space left on device")
-        return layer(self, number, *args)  # type: ignore[arg-type]
+        return layer(self, number, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module._Run, "layer", stops)
@@ -148,7 +148,7 @@ def test_a_folder_gets_a_name_that_says_the_mix(quantize: Quantize, small: Path,
         (("--bits", "2.5", "--losses", "nowhere"), 1, "expected report.json"),
     ],
 )
-def test_bad_input_is_a_line_and_no_file(
+def test_bad_input_is_a_line_and_no_file(  # noqa: PLR0917
     quantize: Quantize, small: Path, tmp_path: Path, options: tuple[str, ...], code: int, problem: str
 ) -> None:
     done = quantize(small, tmp_path / "out.gguf", *options)

@@ -17,7 +17,7 @@ from ernie_gguf.quantize.encoder import Encoded
 from ernie_gguf.quantize.hessian import factor
 from ernie_gguf.quantize.settings import PERCDAMP
 from ernie_gguf.quantize.stock_cpu import CpuStockKernels
-from ernie_gguf.quantize.stock_encoder import StockPipeline, State, _fresh, _groups, _start
+from ernie_gguf.quantize.stock_encoder import State, StockPipeline, _fresh, _groups, _start
 from ernie_gguf.quantize.stock_kernels import StockKernels
 from ernie_gguf.quantize.stock_torch import TorchStockKernels
 from ernie_gguf.stock.pack import SIGNS
@@ -219,9 +219,7 @@ def test_each_part_of_the_method_helps(name: str) -> None:
     totals = [
         row_costs(w, h, name, StockPipeline(STOCK_TYPES[name], kernels, passes).encode(w, h)).sum() for passes in (0, 3)
     ]
-    one = replace(
-        STOCK_TYPES[name], trials=replace(STOCK_TYPES[name].trials, each=STOCK_TYPES[name].trials.each[:1])
-    )
+    one = replace(STOCK_TYPES[name], trials=replace(STOCK_TYPES[name].trials, each=STOCK_TYPES[name].trials.each[:1]))
     assert totals[1] < 0.99 * totals[0]
     alone = StockPipeline(one, compiled(), 3).encode(w, h)
     assert totals[1] < 0.99 * row_costs(w, h, name, alone).sum()

@@ -45,10 +45,7 @@ def decoded(kind: StockType, rows: StockRows) -> npt.NDArray[np.float64]:
     """What the fields stand for, by the definition."""
     words = kind.codewords().astype(np.float64)
     index, signs = rows.codes & 65535, rows.codes >> SIGNS
-    if kind.pair:
-        found = np.concatenate([words[index & 255], words[index >> 8]], -1)
-    else:
-        found = words[index]
+    found = np.concatenate([words[index & 255], words[index >> 8]], -1) if kind.pair else words[index]
     if kind.signs:
         found = np.where(signs[..., None] >> np.arange(kind.dim) & 1, -found, found)
     rule = kind.rule

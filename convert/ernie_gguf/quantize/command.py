@@ -16,12 +16,12 @@ from ..gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 
 if TYPE_CHECKING:
     from ..convert import Job
-    from ..plan import TensorPlan
+    from ..plan import Choices, TensorPlan
     from .kernels import Kernels
     from .report import QuantizeSummary
     from .run import QuantizeResult
     from .settings import Settings
-    from .target import MixRequest
+    from .target import Mix, MixRequest
     from .text import Calibration
 
 
@@ -142,8 +142,6 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     With --target-size, --bits, --types or --tensor-type to a mix of types.
     An interrupted run leaves OUTFILE.partial; the same command resumes it.
     """
-    from dataclasses import replace
-
     from ..convert import check_mmproj, output_path, prepare, projector_file
     from ..errors import ArchitectureError, QuantizeError
     from ..files import check_output
@@ -154,7 +152,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     from .preview import Preview, check_source
     from .report import check_report_folder, summary_json, summary_table, write_report
     from .settings import Settings, choose_device
-    from .target import choose_mix, mix_json, read_losses
+    from .target import mix_json
     from .text import calibration_sequences
 
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
@@ -162,14 +160,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         job = prepare(source, Outtype.CCQ2, text_only, choices, vision_tokens)
     except ArchitectureError as error:
         raise QuantizeError(f"{error}; {OTHER_MODELS.format(source=source)}") from error
-    request = _mix_request(target_size, bits, types, tensor_type)
-    mix = None
-    if request.any:
-        check_source(job)
-        if losses is not None:
-            request = replace(request, losses=read_losses(losses, job.plan))
-        mix = choose_mix(job, request, choices.tensors)
-        job = mix.job
+    mix = _mix(job, choices, _mix_request(target_size, bits, types, tensor_type), losses)
+    job = mix.job if mix else job
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
     path = output_path(job, outfile or source)
@@ -219,6 +211,21 @@ def _mix_request(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--tensor-type") from error
     return MixRequest(target, bits, types is TypeSet.STOCK, overrides)
+
+
+def _mix(job: Job, choices: Choices, request: MixRequest, losses: Path | None) -> Mix | None:
+    """The mix that was asked for, if one was."""
+    from dataclasses import replace
+
+    from .preview import check_source
+    from .target import choose_mix, read_losses
+
+    if not request.any:
+        return None
+    check_source(job)
+    if losses is not None:
+        request = replace(request, losses=read_losses(losses, job.plan))
+    return choose_mix(job, request, choices.tensors)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Mixes: which tensor gets which type so that a file has a given size and loses as little as possible. Needs no torch.
+"""Mixes: which tensor gets which type, so that a file has a given size and loses as little as can be. Needs no torch.
 
-The loss of a tensor is predicted as the KL divergence that its type costs ernie-mini (docs/quality.md): for ranking, not
-as a promise. What follows is a knapsack: one type for each group of tensors, the least sum of losses that fits. With
+The loss of a tensor is predicted as the KL divergence that its type costs ernie-mini (docs/quality.md): for ranking,
+not as a promise. The rest is a knapsack: one type for each group of tensors, the least sum of losses that fits. With
 equal losses in all layers it climbs a ladder: down first, then gate and up together, then the rest of the model.
 """
 
@@ -118,11 +118,11 @@ def parse_override(text: str) -> Override:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
         raise ValueError(f"{text!r}: expected PATTERN=TYPE, for example ffn_down_exps=iq3_s")
-    if name.upper() not in G.__members__:
-        known = ", ".join(sorted(each.name.lower() for each in G))
+    if name.upper() not in GgmlType.__members__:
+        known = ", ".join(sorted(each.name.lower() for each in GgmlType))
         raise ValueError(f"{text!r}: no type {name!r}; there are {known}")
     try:
-        return Override(re.compile(pattern), G[name.upper()])
+        return Override(re.compile(pattern), GgmlType[name.upper()])
     except re.error as error:
         raise ValueError(f"{text!r}: {pattern!r} is no regular expression: {error}") from error
 

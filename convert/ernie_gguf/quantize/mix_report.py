@@ -18,9 +18,9 @@ def _rest(mix: Mix) -> dict[tuple[str, str], int]:
     for tensor in mix.job.plan.tensors:
         if tensor.is_expert:
             continue
-        part = {Role.LINEAR: part_of, Role.VISION_EXPERT: lambda _: "vision experts"}.get(
-            tensor.role, lambda _: "norms, routers"
-        )(tensor.name)
+        part = "vision experts" if tensor.role is Role.VISION_EXPERT else "norms, routers"
+        if tensor.role is Role.LINEAR:
+            part = part_of(tensor.name)
         key = (part, tensor.ggml_type.name.lower())
         sizes[key] = sizes.get(key, 0) + tensor.nbytes
     return sizes

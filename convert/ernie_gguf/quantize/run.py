@@ -20,8 +20,8 @@ from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
 from ..convert import Job, file_header, model_name
 from ..errors import ActivationError, OutputError, QuantizeError
-from ..gguf_file.types import GgmlType
 from ..files import check_output, pwrite
+from ..gguf_file.types import GgmlType
 from ..write import data_nbytes, offsets, write_tensors
 from .encoders import encode_rest, make_encoders
 from .experts import EncodedExpert, ExpertEncoder, LayerInput

@@ -86,7 +86,7 @@ class CpuStockKernels:
         own = (diagonal_blocks(h, kind.dim), h, hessian.diag_inverse.contiguous())
         self._call(self._library.stock_descend_group, kind, rows, eh, None, own)
 
-    def _call(
+    def _call(  # noqa: PLR0917 - two calls
         self,
         function: Callable[..., object],
         kind: StockType,

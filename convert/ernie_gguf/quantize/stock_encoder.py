@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from ..arrays import F32, U8
+from ..arrays import F16, F32, I32, U8
 from ..ccq2.rows import GROUP
 from ..stock.pack import StockRows, pack_stock_rows
 from ..stock.types import StockType
@@ -27,7 +27,7 @@ _HALF = torch.finfo(torch.float16)
 
 @dataclass(frozen=True)
 class State:
-    """Rows by columns and their encoding: w, hw = H Wᵀ, e [B, K, N]; cost = E H Eᵀ [B, N]; see StockGroup for the rest."""
+    """Rows by columns and their encoding: w, hw = H Wᵀ, e [B, K, N]; cost = E H Eᵀ [B, N]; see StockGroup."""
 
     w: torch.Tensor
     hw: torch.Tensor
@@ -229,11 +229,13 @@ class StockPipeline:
         )
 
     def _pack(self, state: State, unit: torch.Tensor) -> list[U8]:
-        def integers(x: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
-            return x.mT.to(torch.int32).cpu().numpy()
+        def integers(x: torch.Tensor) -> I32:
+            found: I32 = x.mT.to(torch.int32).cpu().numpy()
+            return found
 
-        def half(x: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
-            return (x * unit[:, None]).mT.half().cpu().numpy()
+        def half(x: torch.Tensor) -> F16:
+            found: F16 = (x * unit[:, None]).mT.half().cpu().numpy()
+            return found
 
         arrays = zip(
             integers(state.codes),

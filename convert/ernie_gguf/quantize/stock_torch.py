@@ -1,4 +1,4 @@
-"""The inner loops for llama.cpp's types in plain torch, on any device. Slow, and the truth that others are tested by."""
+"""The inner loops for llama.cpp's types in plain torch, on any device. Slow, and the truth for the others' tests."""
 
 from dataclasses import dataclass
 
@@ -173,7 +173,7 @@ class TorchStockKernels:
             if end < GROUP:
                 fed[:, end:].baddbmm_(hessian.feedback[:, start:end, end:].mT, rows.e[:, start:end])
 
-    def _feed_run(
+    def _feed_run(  # noqa: PLR0917 - one call
         self,
         kind: StockType,
         search: StockSearch,
@@ -241,9 +241,15 @@ class TorchStockKernels:
                 block = slice(dim * q, dim * (q + 1))
                 others = p[:, block] - h[:, block, block].mT @ e[:, block]
                 ideal = rows.w[:, block] + hessian.diag_inverse[:, q].mT @ others
-                y, metric, before = divided(ideal + minimum, step), h[:, block, block], v[:, q * dim - columns.start :][:, :dim]
+                y, metric, before = (
+                    divided(ideal + minimum, step),
+                    h[:, block, block],
+                    v[:, q * dim - columns.start :][:, :dim],
+                )
                 codes, found = search.nearest(y, metric)
-                keep = _distance(y - before, metric) < _distance(y - found, metric)  # signs may forbid what stands there
+                keep = _distance(y - before, metric) < _distance(
+                    y - found, metric
+                )  # signs may forbid what stands there
                 codes = torch.where(keep, rows.codes[:, q], codes)
                 found = torch.where(keep[:, None], before, found)
                 moved = e[:, block] - (rows.w[:, block] - (step * found - minimum))
@@ -252,7 +258,7 @@ class TorchStockKernels:
                 p.baddbmm_(h[:, block].mT, moved, alpha=-1)
 
     @staticmethod
-    def _move_step(
+    def _move_step(  # noqa: PLR0917 - one call
         kind: StockType, rows: StockGroup, run: int, v: torch.Tensor, p: torch.Tensor, h: torch.Tensor
     ) -> None:
         """Move a run's step, then its minimum, to the best that the type has for its codewords v [B, sub, N]."""

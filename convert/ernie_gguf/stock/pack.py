@@ -47,13 +47,15 @@ def _u8(*parts: AnyArray) -> U8:
 
 def _pairs(nibbles: AnyArray) -> AnyArray:
     """[R, n] of four bits -> [R, n/2] bytes, the even one below."""
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    packed: AnyArray = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return packed
 
 
 def _bits(values: AnyArray, width: int, lanes: int) -> AnyArray:
     """[R, n] of `width` bits -> [R, n/lanes], the first lowest."""
     grouped = values.reshape(len(values), -1, lanes)
-    return (grouped << np.arange(0, width * lanes, width)).sum(2)
+    packed: AnyArray = (grouped << np.arange(0, width * lanes, width)).sum(2)
+    return packed
 
 
 def _words(values: AnyArray, dtype: str) -> U8:
@@ -64,7 +66,8 @@ def _words(values: AnyArray, dtype: str) -> U8:
 def _planes(values: AnyArray, run: int, count: int, width: int) -> AnyArray:
     """Byte j of a stretch of run*count weights holds weights j, j + run, … at `width` bits each: [R, 256] -> bytes."""
     stretches = values.reshape(len(values), -1, count, run)
-    return (stretches << (width * np.arange(count))[:, None]).sum(2).reshape(len(values), -1)
+    packed: AnyArray = (stretches << (width * np.arange(count))[:, None]).sum(2).reshape(len(values), -1)
+    return packed
 
 
 def _iq2_xxs(b: _Blocks) -> U8:
