@@ -19,11 +19,12 @@ BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
 SEARCH := $(BUILD_DIR)/search/libccq_search.so
 SEARCH_LIB := convert/ernie_gguf/ccq2/lib
+SEARCH_SOURCES := convert/ernie_gguf/ccq2/search.cpp convert/ernie_gguf/stock/search.cpp
 
 ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu convert/ernie_gguf/ccq2/search.cpp
+C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu $(SEARCH_SOURCES)
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
@@ -66,7 +67,7 @@ drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp o
 
 ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
 
-$(SEARCH): convert/ernie_gguf/ccq2/search.cpp $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
+$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
 	$(BIN)/python -m ernie_gguf.engine.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.
@@ -118,9 +119,9 @@ test-arm: build $(DEMO)/ernie-tiny-ccq2.gguf ## cross-compile for ARM, test in a
 	$(BIN)/python ggml_patch/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
 	    --model $(DEMO)/ernie-tiny-ccq2.gguf --jobs $(JOBS)
 
-quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
+quality: build quantizer ## measure calibrated types and mixes beside llama.cpp's on examples/ernie-tiny; draw a curve
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
-	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin
+	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --picture $(BUILD_DIR)/quality.png
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .

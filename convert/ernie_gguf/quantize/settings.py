@@ -56,7 +56,8 @@ def choose_device(wanted: str | None, torch_needed: bool) -> str:
 
 def stock_kernels_for(device: str) -> StockKernels:
     """The fastest kernels for llama.cpp's own types that work on a device."""
-    if device == "cpu" and (library := native.library()) is not None:
+    library = native.library()
+    if device == "cpu" and library is not None and hasattr(library, "stock_feedback_group"):  # else ccq2 alone
         from .stock_cpu import CpuStockKernels
 
         return CpuStockKernels(library)

@@ -156,8 +156,9 @@ template <int LANES> struct stock_kernels {
             for (int r = 0; r < ROWS && k + r < count; r++) {
                 int found = 0;
                 for (int lane = 1; lane < LANES; lane++) {
-                    const bool less = top[r][lane] < top[r][found] || (top[r][lane] == top[r][found] && at[r][lane] < at[r][found]);
-                    found           = less ? lane : found;
+                    const bool less =
+                        top[r][lane] < top[r][found] || (top[r][lane] == top[r][found] && at[r][lane] < at[r][found]);
+                    found = less ? lane : found;
                 }
                 best[k + r]  = at[r][found];
                 score[k + r] = top[r][found];
@@ -308,7 +309,8 @@ template <int LANES> struct stock_kernels {
     }
 
     // The codewords v nearest to targets y of LANES rows.
-    template <int D> static INLINE void nearest(const stock_kind & kind, const tables & t, const vfloat * y, vint * code, vfloat * v) {
+    template <int D>
+    static INLINE void nearest(const stock_kind & kind, const tables & t, const vfloat * y, vint * code, vfloat * v) {
         if (D == 1) {
             v[0] = nearest_level(kind, y[0], code);
             return;
@@ -372,7 +374,8 @@ template <int LANES> struct stock_kernels {
     }
 
     static INLINE float value_of(const stock_kind & kind, int entry, int signs, int j) {
-        const float g = kind.pair ? kind.grid[(j & 3) * kind.words + (j < 4 ? entry & 255 : entry >> 8)] : kind.grid[j * kind.words + entry];
+        const float g = kind.pair ? kind.grid[(j & 3) * kind.words + (j < 4 ? entry & 255 : entry >> 8)] :
+                                    kind.grid[j * kind.words + entry];
         return signs >> j & 1 ? -g : g;
     }
 
@@ -519,10 +522,10 @@ template <int LANES> struct stock_kernels {
     }
 
     static INLINE void feedback_group(const stock_kind & kind,
-                               const stock_rows & rows,
-                               const float *      metric,
-                               const float *      root,
-                               const float *      feed) {
+                                      const stock_rows & rows,
+                                      const float *      metric,
+                                      const float *      root,
+                                      const float *      feed) {
         if (kind.dim == 1) {
             feedback<1>(kind, rows, metric, root, feed);
         } else if (kind.dim == 4) {
@@ -542,8 +545,8 @@ template <int LANES> struct stock_kernels {
                                  int64_t            i,
                                  const vfloat *     v,
                                  vfloat *           p) {
-        const int64_t run = start / kind.sub * rows.stride + i;
-        const vfloat  old = load(rows.step + run);
+        const int64_t run   = start / kind.sub * rows.stride + i;
+        const vfloat  old   = load(rows.step + run);
         vfloat        slope = { 0 }, bend = { 0 }, moved[GROUP], step, scale;
         for (int k = 0; k < kind.sub; k++) {
             vfloat vh = { 0 };
@@ -601,7 +604,7 @@ template <int LANES> struct stock_kernels {
             decode<D>(kind, rows.codes + (start / D + q) * rows.stride + i, v + D * q);
         }
         move_step(kind, rows, h, start, i, v, p);
-        const int64_t run = start / kind.sub * rows.stride + i;
+        const int64_t run  = start / kind.sub * rows.stride + i;
         const vfloat  step = load(rows.step + run), minimum = load(rows.minimum + run);
         for (int q = 0; q < kind.sub / D; q++) {
             const int     at = start + D * q;
@@ -662,10 +665,10 @@ template <int LANES> struct stock_kernels {
     }
 
     static INLINE void descend_group(const stock_kind & kind,
-                              const stock_rows & rows,
-                              const float *      metric,
-                              const float *      h,
-                              const float *      inverse) {
+                                     const stock_rows & rows,
+                                     const float *      metric,
+                                     const float *      h,
+                                     const float *      inverse) {
         if (kind.dim == 1) {
             descend<1>(kind, rows, metric, h, inverse);
         } else if (kind.dim == 4) {
