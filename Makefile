@@ -14,6 +14,7 @@ EXTRAS             ?= dev
 TREE  := $(BUILD_DIR)/llama.cpp
 CPU   := $(BUILD_DIR)/cpu
 CUDA  := $(BUILD_DIR)/cuda
+VULKAN := $(BUILD_DIR)/vulkan
 DEMO  := $(BUILD_DIR)/demo
 BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
@@ -24,11 +25,11 @@ SEARCH_SOURCES := convert/ernie_gguf/ccq2/search.cpp convert/ernie_gguf/stock/se
 ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f) benchmarks/ccq2_kernel.cu $(SEARCH_SOURCES)
+C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') benchmarks/ccq2_kernel.cu benchmarks/expert_batches.cpp $(SEARCH_SOURCES)
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-pictures test test-arm quality lint format checkout refresh drift search quantizer build build-cuda wheel release clean require
+.PHONY: help demo test test-arm quality lint format checkout refresh drift search quantizer build build-cuda build-vulkan test-vulkan wheel archives release clean require
 
 help: ## this text
 	@echo 'ernie-gguf: ERNIE-4.5 checkpoints in llama.cpp'
@@ -84,15 +85,29 @@ build-cuda: | $(BIN)/ernie-gguf ## build it for NVIDIA GPUs (CUDA_ARCHITECTURES)
 	$(ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- $(LLAMA_CMAKE_ARGS)
 	@ln -sfn $(abspath $(CUDA))/bin $(LIB)
 
+build-vulkan: | $(BIN)/ernie-gguf ## build it for GPUs with Vulkan (glslc, libvulkan-dev and spirv-headers needed)
+	$(ENGINE) --vulkan -- $(LLAMA_CMAKE_ARGS)
+	@ln -sfn $(abspath $(VULKAN))/bin $(LIB)
+
 wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
 	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
 
-release: ## from a clean tree: lint, tests, wheel, sdist, checks of both; nothing is uploaded
+RELEASE_ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR)/release --jobs $(JOBS)
+
+archives: wheel ## pack programs and libraries as llama.cpp's releases are, in dist/; for CUDA too if nvcc is here
+	$(BIN)/python convert/build_archive.py cpu=$(BUILD_DIR)/wheel/ernie_llama/lib
+	@if command -v nvcc >/dev/null; then \
+	    $(RELEASE_ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON \
+	        -DGGML_CPU_ALL_VARIANTS=ON && \
+	    $(BIN)/python convert/build_archive.py cuda=$(BUILD_DIR)/release/cuda/bin; \
+	else echo 'no nvcc: no archive for CUDA'; fi
+
+release: ## from a clean tree: lint, tests, wheel, sdist, archives, checks; nothing is uploaded
 	@test -z "$$(git status --porcelain)" || { echo 'error: the tree has changes; commit them first' >&2; exit 1; }
 	rm -rf dist
-	$(MAKE) lint test wheel
+	$(MAKE) lint test archives
 	$(BIN)/python -m build --sdist
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/twine check --strict dist/ernie_gguf-*
 	$(PYTHON) convert/check_wheel.py dist/*.whl
 
 # --- using it
@@ -105,12 +120,9 @@ $(DEMO)/ernie-vl-tiny-%.gguf: $(wildcard examples/ernie-vl-tiny/*) $(PYTHON_SOUR
 	@mkdir -p $(DEMO)
 	$(BIN)/ernie-gguf convert examples/ernie-vl-tiny --outfile $@ --mmproj $(DEMO)/ernie-vl-tiny-$*.mmproj --outtype $* --overwrite
 
-demo: build $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf ## convert the example checkpoint to BF16 and ccq2, and let both write
-	$(BIN)/python examples/demo.py $(DEMO)/ernie-tiny-bf16.gguf $(DEMO)/ernie-tiny-ccq2.gguf
-
-demo-pictures: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf ## ask the example that reads pictures what is written on some
-	@for type in bf16 ccq2; do echo "ernie-vl-tiny-$$type.gguf"; $(BIN)/python examples/pictures.py \
-	    $(DEMO)/ernie-vl-tiny-$$type.gguf $(DEMO)/ernie-vl-tiny-$$type.mmproj examples/ernie-vl-tiny/pictures/*.png; done
+demo: build $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf ## convert an example to BF16 and ccq2, and let both read what is written on images
+	$(BIN)/python examples/demo.py $(DEMO)/ernie-vl-tiny-bf16.gguf $(DEMO)/ernie-vl-tiny-ccq2.gguf \
+	    examples/ernie-vl-tiny/pictures/1[4-9]-*.png
 
 test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds what it needs)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
@@ -118,6 +130,10 @@ test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds wha
 test-arm: build $(DEMO)/ernie-tiny-ccq2.gguf ## cross-compile for ARM, test in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
 	$(BIN)/python ggml_patch/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
 	    --model $(DEMO)/ernie-tiny-ccq2.gguf --jobs $(JOBS)
+
+test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan device; mesa-vulkan-drivers makes the CPU one
+	$(ENGINE) --vulkan --backend-only -- $(LLAMA_CMAKE_ARGS)
+	LLAMA_CPP_BIN=$(abspath $(CPU))/bin VULKAN_BACKEND=$(abspath $(VULKAN))/bin/libggml-vulkan.so $(BIN)/pytest tests/vulkan
 
 quality: build quantizer ## measure calibrated types and mixes beside llama.cpp's on examples/ernie-tiny; draw a curve
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \

@@ -46,7 +46,8 @@ def measure(source: Path, scratch: Path, threads: int, rounds: int) -> dict[str,
     """cp and convert interleaved, then verify."""
     program = our_command()
     out = scratch / "out.gguf"
-    convert: list[str | Path] = [program, "convert", source, "--outfile", out, "--threads", str(threads)]
+    order = ("--ccq-k-order", "natural")  # random weights do not tell it
+    convert: list[str | Path] = [program, "convert", source, "--outfile", out, "--threads", str(threads), *order]
     runs: dict[str, list[Run]] = {"cp": [], "convert": []}
     for _ in progress(range(rounds), "measuring"):
         runs["cp"].append(timed(["cp", "-r", "--reflink=never", source, scratch / "copy"], scratch / "copy"))

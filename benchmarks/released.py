@@ -149,35 +149,43 @@ def _pt_mlp(name: str, hidden: int, width: int) -> Iterator[Entry]:
     yield Entry(f"{name}.down_proj.weight", "BF16", (hidden, width))
 
 
-# --- the tensors of a 2Bits-Paddle checkpoint
+# --- the tensors of a -Paddle checkpoint, in bf16 or as 2Bits-Paddle
 
 _Storage = Callable[[str, int, int], Iterator[Entry]]  # a module's tensors for a matrix [n, k]
 
 
 def two_bits_entries(shape: Shape, int4: int) -> Iterator[Entry]:
     """Every tensor: the experts of the first `int4` MoE layers in int4, those of the others in 2 bits."""
+    return _paddle_entries(shape, _int8, lambda layer: _int4 if layer < shape.dense + int4 else _ccq)
+
+
+def _paddle_entries(shape: Shape, linear: _Storage, experts: Callable[[int], _Storage]) -> Iterator[Entry]:
     yield Entry("ernie.embed_tokens.weight", "BF16", (shape.vocab, shape.hidden))
     for layer in range(shape.layers):
-        yield from _two_bits_layer(shape, layer, _int4 if layer < shape.dense + int4 else _ccq)
+        yield from _paddle_layer(shape, layer, linear, experts(layer))
     yield Entry("ernie.norm.weight", "BF16", (shape.hidden,))
     yield Entry("lm_head.weight", "BF16", (shape.hidden, shape.vocab))
 
 
-def _two_bits_layer(shape: Shape, layer: int, experts: _Storage) -> Iterator[Entry]:
+def _paddle_layer(shape: Shape, layer: int, linear: _Storage, experts: _Storage) -> Iterator[Entry]:
     name, width = f"ernie.layers.{layer}", shape.heads * shape.head_dim
     yield Entry(f"{name}.input_layernorm.weight", "BF16", (shape.hidden,))
     yield Entry(f"{name}.post_attention_layernorm.weight", "BF16", (shape.hidden,))
-    yield from _int8(f"{name}.self_attn.qkv_proj", width + 2 * shape.kv_heads * shape.head_dim, shape.hidden)
-    yield from _int8(f"{name}.self_attn.o_proj", shape.hidden, width)
+    yield from linear(f"{name}.self_attn.qkv_proj", width + 2 * shape.kv_heads * shape.head_dim, shape.hidden)
+    yield from linear(f"{name}.self_attn.o_proj", shape.hidden, width)
     if layer < shape.dense:
-        yield from _int8(f"{name}.mlp.up_gate_proj", 2 * shape.dense_ffn, shape.hidden)
-        yield from _int8(f"{name}.mlp.down_proj", shape.hidden, shape.dense_ffn)
+        yield from linear(f"{name}.mlp.up_gate_proj", 2 * shape.dense_ffn, shape.hidden)
+        yield from linear(f"{name}.mlp.down_proj", shape.hidden, shape.dense_ffn)
         return
     yield Entry(f"{name}.mlp.gate.weight", "F32", (shape.hidden, shape.experts))
     yield Entry(f"{name}.mlp.moe_statics.e_score_correction_bias", "F32", (1, shape.experts))
     for expert in range(shape.experts):
         yield from experts(f"{name}.mlp.experts.{expert}.up_gate_proj", 2 * shape.expert_ffn, shape.hidden)
         yield from experts(f"{name}.mlp.experts.{expert}.down_proj", shape.hidden, shape.expert_ffn)
+
+
+def _bf16(module: str, n: int, k: int) -> Iterator[Entry]:
+    yield Entry(f"{module}.weight", "BF16", (k, n))
 
 
 def _int8(module: str, n: int, k: int) -> Iterator[Entry]:
@@ -224,6 +232,14 @@ def two_bits_300b(dense: int = 3, int4: int = 4, ccq: int = 47) -> Frame:
     shape = replace(SHAPES["300b"], dense=dense, layers=dense + int4 + ccq)
     quantization = {"quantization_config": two_bits_quantization(dense + int4 - 1, shape.layers)}
     return Frame(config(shape, tied=False) | quantization, shards(two_bits_entries(shape, int4), 5 * 10**9))
+
+
+def paddle_300b() -> Frame:
+    """ERNIE-4.5-300B-A47B-Paddle in bf16, by the listing that Baidu published in 2025: no `tie_word_embeddings`."""
+    shape = SHAPES["300b"]
+    values = config(shape, tied=False) | {"moe_gate": "top2_fused", "moe_use_aux_free": True}
+    del values["tie_word_embeddings"]
+    return Frame(values, shards(_paddle_entries(shape, _bf16, lambda _: _bf16), 5 * 10**9))
 
 
 def header(entries: Iterable[Entry]) -> bytes:
@@ -284,7 +300,7 @@ def write_sparse(folder: Path, frame: Frame) -> Path:
     return folder
 
 
-def copy_tokenizer(folder: Path) -> None:
-    """The example's tokenizer."""
+def copy_tokenizer(folder: Path, source: Path = TOKENIZER) -> None:
+    """A checkpoint's tokenizer, by default the example's."""
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, folder / name)
+        shutil.copyfile(source / name, folder / name)

@@ -23,4 +23,6 @@ def main(model: str, text: str, n: str = "3") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -67,4 +67,6 @@ def main(model: str, question: str, rounds: str = "4") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

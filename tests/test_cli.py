@@ -18,6 +18,7 @@ from unittest.mock import ANY
 import pytest
 from ernie_gguf import convert
 from ernie_gguf import write as execute
+from ernie_gguf.ccq2 import native
 from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.transform import Inexact
@@ -58,6 +59,19 @@ def current_umask() -> int:
     return mask
 
 
+def test_a_missing_encoder_is_said_before_it_takes_its_time(
+    ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(execute, "_write_piece", no_space)
+    options = ("convert", source, "--outfile", tmp_path / "out.gguf", "--outtype")
+    note, error = ernie_gguf(*options, "ccq2").err.splitlines()
+    assert note.startswith("note: the compiled encoder is missing, and numpy takes about 0:00:08 for 393,216 weights, ")
+    assert note.endswith("`make search` in a checkout or `ernie-gguf build` compiles it")
+    assert error.startswith("error: ")
+    assert ernie_gguf(*options, "q8_0").err.count("\n") == 1
+
+
 def test_convert_json(ernie_gguf: Command, source: Path, tmp_path: Path) -> None:
     done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf", "--json", "--threads", "1")
     summary = json.loads(done.out)
@@ -66,9 +80,17 @@ def test_convert_json(ernie_gguf: Command, source: Path, tmp_path: Path) -> None
     assert set(summary["types"]) == {"bf16", "f32"}
 
 
-def test_outfile_is_a_folder_or_absent(ernie_gguf: Command, source: Path, tmp_path: Path) -> None:
+def test_outfile_is_a_folder_or_absent(
+    ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(source)
+    monkeypatch.chdir(tmp_path)
     assert ernie_gguf("convert", source).code == 0
-    assert (source / "source-BF16.gguf").is_file()
+    assert (tmp_path / "source-BF16.gguf").is_file()
+    monkeypatch.chdir(source)
+    message = "error: the current folder is the checkpoint, which is left as it is: give --outfile\n"
+    assert ernie_gguf("convert", ".") == (1, "", message)
+    assert snapshot(source) == before
     (tmp_path / "into").mkdir()
     assert ernie_gguf("convert", source, "--outfile", tmp_path / "into", "--outtype", "q8_0").code == 0
     assert (tmp_path / "into" / "source-Q8_0.gguf").is_file()
@@ -355,7 +377,7 @@ def test_text_only(ernie_gguf: Command, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     refused = ernie_gguf("convert", source, "--outfile", out)
     assert (refused.code, out.exists()) == (1, False)
-    assert refused.err.endswith("makes two files: give --mmproj FILE for its eyes, or --text-only\n")
+    assert refused.err.endswith("makes two files: give --mmproj FILE for its vision encoder, or --text-only\n")
     done = ernie_gguf("convert", source, "--outfile", out, "--text-only")
     assert done.code == 0
     assert re.search(r"dropped \d\d tensors \(--dry-run names them and the reasons\)", done.out)
@@ -379,15 +401,15 @@ def test_spaces_links_and_read_only_sources(ernie_gguf: Command, tmp_path: Path)
 def test_summary_of_a_repack(ernie_gguf: Command, tmp_path: Path) -> None:
     source = tmp_path / "source"
     make_two_bits(source, replace(TWO_BITS, layers=3, experts=2, shards=1))
-    done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf")
+    done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf", "--ccq-k-order", "natural")
     assert "repacked 7,040 quantized rows without quantizing again, all of them exactly" in done.out
-    options = ("--outfile", tmp_path / "out.gguf", "--overwrite", "--json")
+    options = ("--outfile", tmp_path / "out.gguf", "--overwrite", "--json", "--ccq-k-order", "natural")
     repacked = json.loads(ernie_gguf("convert", source, *options).out)["repacked"]
     assert (repacked["rows"], repacked["missed_rows"], repacked["rounded_scales"]) == (7040, 0, 0)
     assert repacked["inexact"] == {}
 
 
-COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "chat", "eval"]
+COMMANDS = ["convert", "inspect", "verify", "quantize", "build", "info", "serve", "run", "chat", "eval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -472,4 +494,6 @@ def test_serve_wants_its_file_first(ernie_gguf: Command) -> None:
 
 
 def test_a_folder_is_not_a_missing_file(ernie_gguf: Command, tmp_path: Path) -> None:
-    assert ernie_gguf("inspect", tmp_path).err == f"error: {tmp_path}: is a folder, expected a GGUF file\n"
+    assert ernie_gguf("inspect", tmp_path).err.startswith(
+        f"error: {tmp_path}: config.json is missing; the folder is empty"
+    )

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_gguf import write as execute
 from ernie_gguf.ccq2.encode import encode_rows
 from ernie_gguf.ccq2.rows import dequantize_rows
 from ernie_gguf.checkpoint import storage
@@ -89,16 +88,8 @@ def test_split_fused_single_and_sharded_are_one(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize("outtype", ["bf16", "q8_0", "ccq2"])
 def test_same_input_same_bytes(checkpoint: Path, tmp_path: Path, outtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(checkpoint, tmp_path / "a.gguf", outtype, threads=1)
-    monkeypatch.setattr(storage, "COPY_BYTES", 10_000)
-    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 10_000)
     convert(checkpoint, tmp_path / "b.gguf", outtype, threads=4)
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-
-
-def test_without_kernel_copy(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(checkpoint, tmp_path / "a.gguf", "bf16")
-    monkeypatch.setattr(execute, "_kernel_copy", lambda *_: 0)
-    convert(checkpoint, tmp_path / "b.gguf", "bf16")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
@@ -170,7 +161,7 @@ def test_metadata_of_shared_experts(tmp_path: Path) -> None:
 def test_nan_is_named_and_nothing_is_left(
     tmp_path: Path, outtype: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)  # row 100 is not in the first piece
+    monkeypatch.setattr(storage, "PIECE_BYTES", 10_000)  # row 100 is not in the first piece
     source = make(tmp_path / "source", SPEC)
     values = weights(SPEC)
     bad = "model.layers.1.mlp.experts.2.up_proj.weight"

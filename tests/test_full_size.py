@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from released import two_bits_300b, write_sparse
+from released import paddle_300b, two_bits_300b, write_sparse
 
 # Peak memory from /proc: ru_maxrss begins with the memory of the process that forked, which is all of pytest's.
 MEASURED = """
@@ -49,6 +49,30 @@ def test_the_whole_300b(whole: Path) -> None:
     assert rows["q8_0"][1:] == ["225", "10,267,656,192", "10.9", "GB", "11.3", "%", "8.5"]
     assert rows["bf16"][1:] == ["2", "1,694,498,816", "3.4", "GB", "3.5", "%", "16"]
     assert "-CCQ2.gguf: 591 tensors, 96.2 GB, 2.571 bits per weight; nothing was written (--dry-run)" in lines[-1]
+
+
+# By the listing of the real checkpoint's names and shapes that was published in 2025.
+LISTED = {
+    "ernie.embed_tokens.weight": (103424, 8192),
+    "ernie.layers.0.self_attn.qkv_proj.weight": (8192, 10240),
+    "ernie.layers.0.self_attn.o_proj.weight": (8192, 8192),
+    "ernie.layers.0.mlp.up_gate_proj.weight": (8192, 57344),
+    "ernie.layers.0.mlp.down_proj.weight": (28672, 8192),
+    "ernie.layers.3.mlp.experts.0.up_gate_proj.weight": (8192, 7168),
+    "ernie.layers.53.mlp.experts.63.down_proj.weight": (3584, 8192),
+    "ernie.layers.3.mlp.gate.weight": (8192, 64),
+    "ernie.layers.3.mlp.moe_statics.e_score_correction_bias": (1, 64),
+    "lm_head.weight": (8192, 103424),
+}
+
+
+def test_the_names_and_shapes_of_the_300b_in_bf16(tmp_path: Path) -> None:
+    frame = paddle_300b()
+    made = {entry.name: entry.shape for entries in frame.files for entry in entries}
+    assert {name: made[name] for name in LISTED} == LISTED
+    out, _, _ = dry_run(write_sparse(tmp_path / "ERNIE-4.5-300B-A47B-Paddle", frame))
+    assert "-BF16.gguf: 591 tensors, " in out.splitlines()[-1]
+    assert not [line for line in out.splitlines() if line.startswith("dropped")]
 
 
 def test_embedding_and_head_in_q8_0(whole: Path) -> None:

@@ -267,7 +267,7 @@ def test_both_files_or_neither(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["vl"]
 
     attempt(eyes, r"absent: no such folder; create it first$")
-    attempt(None, r"makes two files: give --mmproj FILE for its eyes, or --text-only$")
+    attempt(None, r"makes two files: give --mmproj FILE for its vision encoder, or --text-only$")
     attempt(out, r"--mmproj and --outfile name the same file$")
     with pytest.raises(OutputError, match=r"--mmproj is for vision-language \(VL\) checkpoints, without --text-only$"):
         write_gguf(

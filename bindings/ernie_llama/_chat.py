@@ -1,4 +1,4 @@
-"""Chats: the grammar that a request asks for, and the dictionaries of its answer."""
+"""Chats: the dictionaries of an answer."""
 
 from __future__ import annotations
 
@@ -7,96 +7,36 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import _json_schema
 from ._completion import Completion, TextPiece, TokenLogprobs
-from ._output import END_TOOL_CALL, TOOL_CALL, Content, OutputParser, OutputPart, Reasoning, ToolCall
-from .llama_grammar import LlamaGrammar
+from ._output import Content, OutputParser, OutputPart, Reasoning, ToolCall
 from .llama_types import (
     ChatCompletionLogprobs,
     ChatCompletionLogprobToken,
     ChatCompletionMessageToolCall,
-    ChatCompletionRequestResponseFormat,
     ChatCompletionResponseMessage,
     ChatCompletionStreamResponseDelta,
-    ChatCompletionTool,
-    ChatCompletionToolChoiceOption,
     CreateChatCompletionResponse,
     CreateChatCompletionStreamResponse,
     FinishReason,
 )
 
 
-def format_grammar(response_format: ChatCompletionRequestResponseFormat) -> LlamaGrammar | None:
-    """The grammar that a response format asks for; None for plain text.
-
-    Raises:
-        ValueError: the format is unknown, or its schema has no grammar.
-    """
-    format_type = response_format.get("type")
-    if format_type == "text":
-        return None
-    if format_type == "json_object":
-        return LlamaGrammar.from_json_schema(response_format.get("schema", {"type": "object"}))
-    if format_type == "json_schema" and isinstance(response_format.get("json_schema"), dict):
-        return LlamaGrammar.from_json_schema(response_format["json_schema"].get("schema", {}))
-    raise ValueError(
-        f"response_format is {response_format!r}, expected the type text, json_object (with or without a schema) or "
-        "json_schema with json_schema.schema"
-    )
-
-
-def tool_grammar(
-    tools: Sequence[ChatCompletionTool] | None, choice: ChatCompletionToolChoiceOption | None
-) -> LlamaGrammar | None:
-    """The grammar of the calls that `choice` forces; None if it forces none.
-
-    Raises:
-        ValueError: the choice is not among the tools, or a tool's parameters have no grammar.
-    """
-    if choice is None or choice in ("auto", "none"):
-        return None
-    if choice == "required":
-        allowed = list(tools or ())
-    elif isinstance(choice, dict):
-        allowed = [tool for tool in tools or () if tool["function"]["name"] == choice["function"]["name"]]
-    else:
-        raise ValueError(f"tool_choice is {choice!r}, expected none, auto, required or a function of the tools")
-    if not allowed:
-        names = ", ".join(tool["function"]["name"] for tool in tools or ()) or "none"
-        raise ValueError(f"tool_choice is {choice!r}, and the tools are: {names}")
-    calls: dict[str, Any] = {"anyOf": []}
-    for tool in allowed:
-        parameters = dict(tool["function"].get("parameters", {"type": "object"}))
-        _move_definitions(parameters, calls)
-        members = {"name": {"const": tool["function"]["name"]}, "arguments": parameters}
-        calls["anyOf"].append({"properties": members, "required": list(members), "additionalProperties": False})
-    rules = _json_schema.grammar(calls).replace("root ::=", "call ::=", 1)
-    return LlamaGrammar(f'{rules}root ::= "{TOOL_CALL}\\n" call "\\n{END_TOOL_CALL}"\n')
-
-
-def _move_definitions(schema: dict[str, Any], document: dict[str, Any]) -> None:
-    """Move the definitions of `schema` to `document`, which will contain it: that is where references look."""
-    for key in ("$defs", "definitions"):
-        definitions = document.setdefault(key, {})
-        for name, definition in schema.pop(key, {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                raise ValueError(f"two tools define {key}/{name} differently: rename one of them")
-
-
 class ChatResults:
     """Makes the result dictionaries of a chat completion."""
 
-    def __init__(self, completion: Completion, model_name: str, *, thinking: bool) -> None:
+    def __init__(self, completion: Completion, model_name: str, *, thinking: bool, begun: str = "") -> None:
+        """`thinking` says that the answer begins with reasoning, `begun` how it begins, if the prompt says that."""
         self._completion = completion
         self._id = f"chatcmpl-{uuid.uuid4()}"
         self._created = int(time.time())
         self._model_name = model_name
-        self._parser = OutputParser(thinking)
+        self._parser = OutputParser(thinking and not begun)
+        self._begun = [*self._parser.feed(begun)]
         self._n_calls = 0
 
     def response(self) -> CreateChatCompletionResponse:
         """The complete result."""
-        parts: list[OutputPart] = []
+        parts = [*self._begun]
         logprobs: list[TokenLogprobs] = []
         finish: FinishReason = "stop"
         for piece in self._completion.pieces():
@@ -122,6 +62,8 @@ class ChatResults:
     def chunks(self) -> Iterator[CreateChatCompletionStreamResponse]:
         """The role, then each part as it becomes final, then the finish reason."""
         yield self._chunk({"role": "assistant"}, [], None)
+        for part in self._begun:
+            yield self._chunk(self._delta(part), [], None)
         for piece in self._completion.pieces():
             logprobs = piece.logprobs
             for part in self._parts(piece):

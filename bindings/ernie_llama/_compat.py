@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 from . import _options
-from ._sampler import SamplingOptions
+from ._sampling import SamplingOptions
 from .llama_chat_format import ChatHandler
 
 
@@ -120,17 +120,22 @@ COMPLETION = {
     "function_call": Refused((None,), "pass tool_choice, which replaced function_call in the OpenAI API"),
 }
 
+
+def _attention_type(name: str, value: Any) -> int:  # noqa: ANN401
+    return _options.int32(name, value, 0, 1)
+
+
 # Fields of llama_context_params: their type, and the values that keep llama.cpp's default, which follows the file.
 CONTEXT_FIELDS: dict[str, tuple[Callable[[str, Any], Any], tuple[object, ...]]] = {
-    "rope_scaling_type": (_options.integer, (None, -1)),
+    "rope_scaling_type": (_options.int32, (None, -1)),
     "rope_freq_base": (_options.number, (None, 0.0)),
     "rope_freq_scale": (_options.number, (None, 0.0)),
     "yarn_ext_factor": (_options.number, (None, -1.0)),
     "yarn_attn_factor": (_options.number, (None, 1.0)),
     "yarn_beta_fast": (_options.number, (None, 32.0)),
     "yarn_beta_slow": (_options.number, (None, 1.0)),
-    "yarn_orig_ctx": (_options.integer, (None, 0)),
-    "attention_type": (_options.integer, (None, -1)),
+    "yarn_orig_ctx": (_options.int32, (None, 0)),
+    "attention_type": (_attention_type, (None, -1)),
     "op_offload": (_options.flag, (None,)),
     "swa_full": (_options.flag, (None,)),
     "no_perf": (_options.flag, (None,)),
@@ -168,8 +173,10 @@ def accepted(
     return {option: value for option, value in options.items() if option not in refused}
 
 
-def context_fields(options: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+def context_fields(options: Mapping[str, Any], metadata: Mapping[str, str], n_batch: int) -> dict[str, Any]:
     """The fields of `llama_context_params` that the options set, for a model with this metadata.
+
+    Attention that is not causal needs the whole batch, of `n_batch` tokens, in one micro-batch.
 
     Raises:
         TypeError: an option has another type than its field.
@@ -179,6 +186,8 @@ def context_fields(options: Mapping[str, Any], metadata: Mapping[str, str]) -> d
     for name, (checked, keeps_default) in CONTEXT_FIELDS.items():
         if name in options and options[name] not in keeps_default:
             fields[name] = checked(name, options[name])
+    if fields.get("attention_type") == 1:
+        fields["n_ubatch"] = n_batch
     return fields
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ._engine import Engine
 from ._model import Model
-from ._sampler import Sampling
+from ._sampling import Sampling
 from ._text import TextStream
 from .llama_types import CompletionLogprobs, CompletionUsage, CreateCompletionResponse
 

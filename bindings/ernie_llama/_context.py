@@ -159,6 +159,10 @@ class Context(Handle):
         if self._library.llama_state_set_data(self.pointer, buffer, len(state)) != len(state):
             raise ValueError(f"the state does not belong to this model and these options: {LOG.problems()}")
 
+    def n_positions(self) -> int:
+        """Number of positions that sequence 0 takes."""
+        return int(self._library.llama_memory_seq_pos_max(self._library.llama_get_memory(self.pointer), 0)) + 1
+
     def set_lora(self, adapter: _structs.llama_adapter_lora_p, scale: float) -> None:
         """Apply a LoRA adapter of the model."""
         adapters = (_structs.llama_adapter_lora_p * 1)(adapter)

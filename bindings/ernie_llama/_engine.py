@@ -6,17 +6,19 @@ import contextlib
 import ctypes
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import _structs
 from ._context import Context
 from ._lock import ContextLock, Lease
 from ._model import Model
 from ._mtmd import Eyes
-from ._pictures import Pictures, PictureSize
-from ._sampler import Sampler, Sampling
+from ._pictures import Pictures
+from ._sampler import Sampler
+from ._sampling import Sampling
+from ._state import LlamaState
 from .llama_cache import longest_token_prefix
 
 if TYPE_CHECKING:
@@ -30,33 +32,6 @@ if TYPE_CHECKING:
 # A shorter shared prefix is evaluated again. Together with the rest of the prompt that costs next to nothing, and the
 # text stays exactly that of a fresh start (llama.cpp uses other kernels for other batch sizes).
 MIN_KEPT_PREFIX = 32
-
-
-@dataclass(frozen=True)
-class LlamaState:
-    """What `Llama.save_state` returns: the KV cache, and what is needed to continue from it.
-
-    Attributes:
-        input_ids: the evaluated tokens.
-        llama_state: the cache, as llama.cpp writes it.
-        seed: seed of the next draw.
-        pictures: what the negative ids among `input_ids` stand for.
-    """
-
-    input_ids: tuple[int, ...]
-    llama_state: bytes
-    seed: int
-    pictures: tuple[PictureSize, ...] = ()
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of evaluated tokens."""
-        return len(self.input_ids)
-
-    @property
-    def llama_state_size(self) -> int:
-        """Size of the cache in bytes."""
-        return len(self.llama_state)
 
 
 class Engine:
@@ -85,7 +60,7 @@ class Engine:
         self.model = model
         self.context = context
         self.logits_all = logits_all
-        self.lock = ContextLock()
+        self.lock = ContextLock(_unowned(self._suspend), _unowned(self._resume))
         self.tokens: list[int] = []
         self.pictures = Pictures(eyes)
         self._spared = 0  # positions that the tokens do not take, see Pictures.spared
@@ -99,7 +74,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and the model as soon as no thread computes. Open streams end."""
-        lease = self.lock.acquire_now()
+        lease = self.lock.close()
         try:
             self.context.close()
             if self.pictures.eyes is not None:
@@ -115,8 +90,17 @@ class Engine:
         del self.tokens[n:]
         self._n_rows, self._spared = 0, spared
 
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Check that tokens are in the vocabulary, or pictures; ValueError if one is not."""
+        n_vocab = self.model.n_vocab()
+        if tokens and (min(tokens) < 0 or max(tokens) >= n_vocab):
+            for token in tokens:
+                if token >= n_vocab or (token < 0 and token not in self.pictures):
+                    raise ValueError(f"token {token} is not in the vocabulary of {n_vocab} tokens")
+
     def eval(self, tokens: Sequence[int], n_outputs: int = 1) -> None:
         """As `Llama.eval`, with logits for the last `n_outputs` tokens of each batch; needs a lease."""
+        self.check_tokens(tokens)
         n_ctx = self.context.n_ctx
         if len(self.tokens) + len(tokens) > n_ctx:
             raise ValueError(f"Requested tokens ({len(self.tokens) + len(tokens)}) exceed context window of {n_ctx}")
@@ -131,7 +115,7 @@ class Engine:
         eyes, n_past = self.pictures.eyes, len(self.tokens) - self._spared
         if eyes is None:
             raise ValueError("the prompt holds a picture: pass Llama(mmproj_path=...)")
-        picture = self.pictures.waiting(cells[0])
+        picture = self.pictures.pixels(cells[0])
         self._n_rows = 0
         try:
             eyes.decode(picture, self.context.pointer, n_past, self.context.n_batch)
@@ -145,7 +129,6 @@ class Engine:
             self._store_scores(len(self.tokens), rows)
         self.tokens += cells
         self._spared += picture.tokens - picture.positions
-        self.pictures.evaluated(cells[0])
 
     def _eval_text(self, tokens: Sequence[int], n_outputs: int) -> None:
         for start in range(0, len(tokens), self.context.n_batch):
@@ -243,7 +226,8 @@ class Engine:
         room = min(self.context.n_batch, self.context.n_ctx - len(self.tokens)) - 1
         guess = self._draft_model(np.array([*self.tokens, token], np.intc))
         drafted = [int(each) for each in guess[: max(room, 0)]]
-        return list(itertools.takewhile(lambda each: each >= 0, drafted))  # a picture is no guess
+        n_vocab = self.model.n_vocab()
+        return list(itertools.takewhile(lambda each: 0 <= each < n_vocab, drafted))  # a picture is no guess
 
     def _choose(self, sampler: Sampler, drafted: Sequence[int]) -> list[int]:
         """Choose the tokens that follow the evaluated ones before `drafted`, up to the first that was not drafted.
@@ -276,8 +260,8 @@ class Engine:
             self.set_state(state)
 
     def _save_to_cache(self, lease: Lease) -> None:
-        """Cache the current state, unless another call has taken over or closed the context."""
-        if self.cache is not None:
+        """Cache the current state, unless another call uses the context now, or it is closed."""
+        if self.cache is not None and self.lock.holds(lease):
             with contextlib.suppress(RuntimeError), lease:
                 self.cache[self.tokens] = self.state(0)
 
@@ -353,16 +337,53 @@ class Engine:
             self.keep(0)  # `scores` has no rows for these tokens
         return scores
 
+    def _suspend(self) -> tuple[LlamaState, npt.NDArray[np.float32] | None]:
+        """What `_resume` needs to continue from here after others have used the context; needs a lease."""
+        scores = self.scores() if self.logits_all else None
+        return self.state(0), None if scores is None else scores.copy()
+
+    def _resume(self, suspended: tuple[LlamaState, npt.NDArray[np.float32] | None]) -> None:
+        state, scores = suspended
+        self.set_state(state)
+        if scores is not None:
+            self._store_scores(0, scores)
+
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""
-        return LlamaState(tuple(self.tokens), self.context.state(), seed, self.pictures.sizes(self.tokens))
+        sizes = self.pictures.sizes(self.tokens)
+        return LlamaState(tuple(self.tokens), self.context.state(), seed, sizes, self.model.fingerprint)
 
     def set_state(self, state: LlamaState) -> None:
-        """Restore a saved state; needs a lease."""
+        """Restore a saved state; needs a lease.
+
+        Raises:
+            ValueError: it belongs to another model or to other options, or its parts do not belong together.
+        """
+        if state.model and state.model != self.model.fingerprint:
+            raise ValueError("the state belongs to another model: it was saved by a Llama of another file")
+        tokens = self.pictures.restore(state.input_ids, state.pictures)
+        self.check_tokens(tokens)
         self.keep(0)
-        self.context.set_state(state.llama_state)
-        self.tokens = self.pictures.restore(state.input_ids, state.pictures)
-        self._spared = self.pictures.spared(self.tokens)
+        try:
+            self.context.set_state(state.llama_state)
+            spared = self.pictures.spared(tokens)
+            if self.context.n_positions() != len(tokens) - spared:
+                raise ValueError(f"the state does not hold the {len(tokens)} tokens that it names")
+        except BaseException:
+            self.keep(0)
+            raise
+        self.tokens, self._spared = tokens, spared
+
+
+def _unowned(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` without keeping its object alive, which holds what will call it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - as the method's
+        bound = reference()
+        return None if bound is None else bound(*arguments)
+
+    return call
 
 
 def _unit(vector: list[float]) -> list[float]:

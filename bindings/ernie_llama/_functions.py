@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from typing import Any
 
 from ._structs import (
@@ -12,7 +12,10 @@ from ._structs import (
     ggml_backend_buffer_type_t,
     ggml_backend_dev_t,
     ggml_backend_reg_t,
+    ggml_context_p,
+    ggml_init_params,
     ggml_log_callback,
+    ggml_tensor_p,
     llama_adapter_lora_p,
     llama_batch,
     llama_context_p,
@@ -53,7 +56,14 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_name": (c_char_p, [ggml_backend_dev_t]),
     "ggml_backend_dev_description": (c_char_p, [ggml_backend_dev_t]),
     "ggml_backend_dev_buffer_type": (ggml_backend_buffer_type_t, [ggml_backend_dev_t]),
+    "ggml_backend_dev_supports_op": (c_bool, [ggml_backend_dev_t, ggml_tensor_p]),
     "ggml_backend_buft_name": (c_char_p, [ggml_backend_buffer_type_t]),
+    # a product that nobody computes, to ask a device for
+    "ggml_tensor_overhead": (c_size_t, []),
+    "ggml_init": (ggml_context_p, [ggml_init_params]),
+    "ggml_free": (None, [ggml_context_p]),
+    "ggml_new_tensor_2d": (ggml_tensor_p, [ggml_context_p, enum, c_int64, c_int64]),
+    "ggml_mul_mat": (ggml_tensor_p, [ggml_context_p, ggml_tensor_p, ggml_tensor_p]),
     # model
     "llama_model_default_params": (llama_model_params, []),
     "llama_model_load_from_file": (llama_model_p, [c_char_p, llama_model_params]),
@@ -102,6 +112,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_clear": (None, [llama_memory_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [llama_memory_p, llama_seq_id, llama_pos, llama_pos]),
     "llama_memory_seq_cp": (None, [llama_memory_p, llama_seq_id, llama_seq_id, llama_pos, llama_pos]),
+    "llama_memory_seq_pos_max": (llama_pos, [llama_memory_p, llama_seq_id]),
     "llama_memory_seq_keep": (None, [llama_memory_p, llama_seq_id]),
     # sampling
     "llama_sampler_chain_default_params": (llama_sampler_chain_params, []),

@@ -7,15 +7,20 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _library
+from . import _library, _structs
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that llama.cpp can use."""
+    """A device that llama.cpp can use.
+
+    Attributes:
+        ccq2: whether it computes with ccq2 weights; if not, the CPU does.
+    """
 
     name: str
     description: str
+    ccq2: bool
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Info:
         commit: commit that ggml was built from.
         ccq2: whether the library reads ccq2 tensors, that is, whether it is patched.
         cuda: whether the library supports CUDA.
+        vulkan: whether the library supports Vulkan.
         rpc: whether the library supports RPC.
         devices: available devices, including those of RPC servers.
         system_info: instruction sets that the CPU code was built for.
@@ -44,6 +50,7 @@ class Info:
     commit: str
     ccq2: bool
     cuda: bool
+    vulkan: bool
     rpc: bool
     devices: tuple[Device, ...]
     system_info: str
@@ -55,7 +62,7 @@ class Info:
             [
                 f"{self.path} ({self.origin})",
                 f"llama.cpp {self.version} (build {build}), ggml {self.ggml_version} ({self.commit})",
-                f"ccq2: {has[self.ccq2]}, CUDA: {has[self.cuda]}, RPC: {has[self.rpc]}",
+                f"ccq2: {has[self.ccq2]}, CUDA: {has[self.cuda]}, Vulkan: {has[self.vulkan]}, RPC: {has[self.rpc]}",
                 *(f"{device.name}: {device.description}" for device in self.devices),
                 self.system_info,
             ]
@@ -72,6 +79,7 @@ def info() -> Info:
     place, path = _library.find()
     library = _library.load()
     devices = [library.ggml_backend_dev_get(i) for i in range(library.ggml_backend_dev_count())]
+    ccq2 = hasattr(library, "dequantize_row_ccq2")
     return Info(
         path=path,
         origin=place.origin,
@@ -79,15 +87,31 @@ def info() -> Info:
         build_number=_build_number(path),
         ggml_version=library.ggml_version().decode(),
         commit=library.ggml_commit().decode(),
-        ccq2=hasattr(library, "dequantize_row_ccq2"),
+        ccq2=ccq2,
         cuda=bool(library.ggml_backend_reg_by_name(b"CUDA")),
+        vulkan=bool(library.ggml_backend_reg_by_name(b"Vulkan")),
         rpc=bool(library.llama_supports_rpc()),
         devices=tuple(
-            Device(library.ggml_backend_dev_name(d).decode(), library.ggml_backend_dev_description(d).decode())
+            Device(
+                library.ggml_backend_dev_name(d).decode(),
+                library.ggml_backend_dev_description(d).decode(),
+                ccq2 and _computes_ccq2(library, d),
+            )
             for d in devices
         ),
         system_info=library.llama_print_system_info().decode().strip(),
     )
+
+
+def _computes_ccq2(library: ctypes.CDLL, device: _structs.ggml_backend_dev_t) -> bool:
+    """Whether the device would compute a product of a ccq2 matrix with a token. The library must know the type."""
+    context = library.ggml_init(_structs.ggml_init_params(8 * library.ggml_tensor_overhead(), None, True))
+    try:
+        matrix = library.ggml_new_tensor_2d(context, _structs.GGML_TYPE_CCQ2, 256, 4)
+        token = library.ggml_new_tensor_2d(context, _structs.GGML_TYPE_F32, 256, 1)
+        return bool(library.ggml_backend_dev_supports_op(device, library.ggml_mul_mat(context, matrix, token)))
+    finally:
+        library.ggml_free(context)
 
 
 def _build_number(path: Path) -> int | None:

@@ -15,8 +15,9 @@ from . import _abi, _functions, _log
 
 LIBRARY_NAME = {"darwin": "libllama.dylib", "win32": "llama.dll"}.get(sys.platform, "libllama.so")
 PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parents[1]  # or what lies there in an installed package: site-packages' parent
 # The Makefile's default build folder, if this is an editable install of a checkout.
-CHECKOUT_BIN = PACKAGE.parents[1] / "build" / "cpu" / "bin"
+CHECKOUT_BIN = CHECKOUT / "build" / "cpu" / "bin" if (CHECKOUT / "ggml_patch").is_dir() else None
 
 
 class Place(NamedTuple):
@@ -35,15 +36,13 @@ class LibraryNotFoundError(OSError):
 
     def __init__(self, tried: list[tuple[Place, str]]) -> None:
         lines = [f"  {place.path} ({place.origin}): {why}" for place, why in tried]
-        hint = (
-            "run `ernie-gguf build`, or `make build` in the ernie-gguf checkout, or set ERNIE_LLAMA_LIB_PATH to the "
-            "build's bin folder"
-        )
+        make = "" if CHECKOUT_BIN is None else ", or `make build` in the ernie-gguf checkout"
+        hint = f"run `ernie-gguf build`{make}, or set ERNIE_LLAMA_LIB_PATH to the build's bin folder"
         super().__init__("\n".join([f"{LIBRARY_NAME} was not found; tried:", *lines, hint]))
 
 
 def data_folder() -> Path:
-    """Where `ernie-gguf build` of this version installs: `cpu` and `cuda` in the user's data folder."""
+    """Where `ernie-gguf build` of this version installs: `cpu`, `cuda` and `vulkan` in the user's data folder."""
     from importlib import metadata  # a quarter of the import time of the package
 
     try:
@@ -67,7 +66,7 @@ def places() -> list[Place]:
     """The places to try, in order; if the environment names one, only that.
 
     A checkout uses what `make build` made there. Otherwise what the user built goes before what came with the package,
-    and of the user's builds the one for CUDA if there is a GPU.
+    and of the user's builds the one for CUDA if there is a GPU. The one for Vulkan works without a GPU, as the CPU's.
     """
     for variable in ("ERNIE_LLAMA_LIB_PATH", "LLAMA_CPP_LIB_PATH"):
         if value := os.environ.get(variable):
@@ -75,10 +74,12 @@ def places() -> list[Place]:
     package = Place("lib folder of the package", PACKAGE / "lib")
     data = data_folder()
     built = [Place("built by `ernie-gguf build`", data / "cpu")]
+    if (data / "vulkan").is_dir():
+        built.insert(0, Place("built by `ernie-gguf build --vulkan`", data / "vulkan"))
     if (data / "cuda").is_dir() and has_nvidia_device():
         built.insert(0, Place("built by `ernie-gguf build --cuda`", data / "cuda"))
-    checkout = Place("build of the checkout", CHECKOUT_BIN)
-    return [package, *built, checkout] if package.path.is_symlink() else [*built, package, checkout]
+    checkout = [] if CHECKOUT_BIN is None else [Place("build of the checkout", CHECKOUT_BIN)]
+    return [package, *built, *checkout] if package.path.is_symlink() else [*built, package, *checkout]
 
 
 def find() -> tuple[Place, Path]:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Seconds that a stream must rest before another caller takes the context. The threads of a web framework's pool read
+# streams in turn: that a thread asks for a second one does not mean that it has left the first.
+SAME_THREAD_REST = 0.05
+OTHER_THREAD_REST = 0.25
 
 
 class Lease:
-    """The right to use a context until `release`, or until another caller takes the lease over.
+    """The right to use a context until `release`.
 
-    Every use of the context is a step: `with lease: ...`.
+    Every use of the context is a step: `with lease: ...`. Between steps another caller may use the context; the next
+    step waits until it is free again, and finds it as the last step left it.
     """
 
     def __init__(self, lock: ContextLock) -> None:
         self._lock = lock
         self.thread = threading.current_thread()
         self.active = False
+        self.released = False
+        self.rests_since = time.monotonic()
+        self.suspended: Any = None  # what the context held, if another lease has replaced it
 
     def __enter__(self) -> None:
         """Begin a step. Only inside a step is the context in use; between steps, a stream waits for its reader.
 
         Raises:
-            RuntimeError: another call has taken the context over.
+            RuntimeError: the Llama is closed.
         """
         self._lock.begin_step(self)
 
@@ -37,26 +48,33 @@ class Lease:
 class ContextLock:
     """Leases a context to one generation at a time.
 
-    A lease covers a whole generation, from the first token to the last: other threads wait until it ends. An abandoned
-    stream would block them for ever. Between two steps, a lease therefore also ends when its own thread asks for a new
-    one, when its thread ends, or when its generator is closed or garbage collected.
+    A lease covers a whole generation, from the first token to the last: others wait until it ends, because switching
+    costs a copy of the KV cache. A stream that rests, perhaps abandoned, would block them for ever. Its context is
+    therefore lent to others after a while: at once if its thread is dead or the only one, soon if the thread that
+    read it last asks, later if another one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, suspend: Callable[[], Any] | None = None, resume: Callable[[Any], None] | None = None) -> None:
+        """Make a lock; `suspend` returns what the context holds, `resume` puts that back."""
         self._changed = threading.Condition()
         self._owner: Lease | None = None
+        self._resident: Lease | None = None  # the unfinished lease whose tokens the context holds
+        self._closed = False
+        self._suspend = suspend or (lambda: True)
+        self._resume = resume or (lambda _state: None)
 
     def acquire(self) -> Lease:
-        """Wait until no lease of another thread is open, then take one."""
+        """Wait until the context is free or rests, then take a lease."""
+        lease = Lease(self)
         with self._changed:
-            self._changed.wait_for(self._may_take_over)
-            self._owner = Lease(self)
-            return self._owner
+            self._take(lease)
+        return lease
 
-    def acquire_now(self) -> Lease:
-        """Wait for the current step only, then take a lease; an open stream ends."""
+    def close(self) -> Lease:
+        """Wait for the current step only, then take the last lease: open streams end."""
         with self._changed:
-            self._changed.wait_for(self._idle)
+            self._changed.wait_for(lambda: self._owner is None or not self._owner.active)
+            self._closed = True
             self._owner = Lease(self)
             return self._owner
 
@@ -74,38 +92,70 @@ class ContextLock:
     def between_steps(self) -> Iterator[None]:
         """Read the context between two steps of an open stream, which continues afterwards."""
         with self._changed:
-            self._changed.wait_for(self._idle)
+            self._changed.wait_for(lambda: self._owner is None or not self._owner.active)
             yield
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the context is as the last step of `lease` left it."""
+        with self._changed:
+            return self._owner is lease and not self._closed
 
     def begin_step(self, lease: Lease) -> None:
         """Begin a step of `lease`."""
         with self._changed:
             if self._owner is not lease:
-                raise RuntimeError(
-                    "this stream has ended: before it was read to its end, its thread used the Llama for something "
-                    "else (or closed it). Use one Llama for each stream that is open at the same time"
-                )
+                self._take(lease)
             lease.thread = threading.current_thread()  # a server may run each step in another thread
             lease.active = True
+            leaves, self._resident = self._resident, lease
+        try:
+            if leaves is not None and leaves is not lease:
+                leaves.released = True  # should it fail
+                leaves.suspended = self._suspend()
+                leaves.released = False
+            if lease.suspended is not None:
+                state, lease.suspended = lease.suspended, None
+                self._resume(state)
+        except BaseException:
+            self.end_step(lease)
+            raise
 
     def end_step(self, lease: Lease) -> None:
         """End a step of `lease`."""
         with self._changed:
             lease.active = False
+            lease.rests_since = time.monotonic()
             self._changed.notify_all()
 
     def release(self, lease: Lease) -> None:
-        """End `lease`, unless another one has replaced it."""
+        """End `lease`."""
         with self._changed:
+            lease.released, lease.suspended = True, None
+            if self._resident is lease:
+                self._resident = None
             if self._owner is lease:
                 self._owner = None
                 self._changed.notify_all()
 
-    def _idle(self) -> bool:
-        return self._owner is None or not self._owner.active
+    def _take(self, lease: Lease) -> None:
+        """Make `lease` the owner once that is possible; the condition's lock is held."""
+        while True:
+            if self._closed or lease.released:
+                raise RuntimeError("the Llama is closed: create a new Llama to go on; its streams have ended")
+            rest = self._rest()
+            if rest is not None and rest <= 0:
+                self._owner = lease
+                return
+            self._changed.wait(rest)
 
-    def _may_take_over(self) -> bool:
-        if self._owner is None:
-            return True
-        own = self._owner.thread is threading.current_thread()
-        return not self._owner.active and (own or not self._owner.thread.is_alive())
+    def _rest(self) -> float | None:
+        """Seconds until the context may be taken from its owner, if that rests as long; None while it is in use."""
+        owner = self._owner
+        if owner is None or not (owner.active or owner.thread.is_alive()):
+            return 0
+        if owner.active:
+            return None
+        own = owner.thread is threading.current_thread()
+        if own and threading.active_count() == 1:
+            return 0
+        return owner.rests_since + (SAME_THREAD_REST if own else OTHER_THREAD_REST) - time.monotonic()

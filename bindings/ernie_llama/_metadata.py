@@ -265,14 +265,20 @@ CHECKS: tuple[Callable[[Metadata], str | None], ...] = (
 TOWER_CHECKS = (_tower, _tower_tensors)
 
 
-def check(path: str | os.PathLike[str], checks: Sequence[Callable[[Metadata], str | None]] = CHECKS) -> None:
-    """Check the metadata of a model's GGUF file, or of an mmproj with `TOWER_CHECKS`.
+def check(
+    path: str | os.PathLike[str],
+    checks: Sequence[Callable[[Metadata], str | None]] = CHECKS,
+    overrides: Mapping[str, bool | int | float | str] | None = None,
+) -> None:
+    """Check the metadata of a model's GGUF file, or of an mmproj with `TOWER_CHECKS`; `overrides` replace values.
 
     Raises:
         ValueError: llama.cpp would end the process because of a value or a missing tensor; says which and
             what was expected.
     """
-    metadata = Metadata(*read(path))
+    values, tensors = read(path)
+    values |= {key: value.encode() if isinstance(value, str) else value for key, value in (overrides or {}).items()}
+    metadata = Metadata(values, tensors)
     for problem in (each(metadata) for each in checks):
         if problem:
             raise ValueError(f"{path} cannot be loaded: {problem}; the file is damaged, or not for this llama.cpp")

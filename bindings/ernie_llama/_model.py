@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,16 +23,27 @@ class Model(Handle):
 
     Converting tokens needs no lease of the context, so another thread may close the model meanwhile: a lock keeps it
     alive until the call returns.
+
+    Attributes:
+        fingerprint: tells the file from others, for saved states.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: str, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        path: str,
+        fields: Mapping[str, Any],
+        overrides: Mapping[str, bool | int | float | str] | None = None,
+    ) -> None:
         """Load `path`; `fields` replace llama.cpp's defaults in `llama_model_params`.
+
+        `overrides` are the metadata that `fields` replace, which are checked like the file's.
 
         Raises:
             ValueError: the file is missing, is not GGUF, or is refused by llama.cpp, with llama.cpp's reason.
         """
         check_gguf(path)
-        _metadata.check(path)
+        _metadata.check(path, overrides=overrides)
         stop = threading.Event()
         self.params: _structs.llama_model_params = library.llama_model_default_params()
         for name, value in fields.items():
@@ -44,6 +56,7 @@ class Model(Handle):
         if not pointer:
             raise ValueError(f"{path} cannot be loaded: {LOG.problems()}")
         super().__init__("model", pointer, library.llama_model_free, fields)
+        self.fingerprint = _fingerprint(Path(path))
         self._library = library
         self._vocab = library.llama_model_get_vocab(pointer)
         self._in_use = threading.Lock()
@@ -161,6 +174,17 @@ def _grown(fill: Callable[[ctypes.Array[ctypes.c_char], int], int], size: int = 
     if needed > size:
         return _grown(fill, needed)
     return buffer.raw[:length]
+
+
+def _fingerprint(path: Path, n: int = 16, size: int = 4096) -> str:
+    """A digest of a file's length, its beginning and `n` places in it: enough to tell two models apart."""
+    length = path.stat().st_size
+    digest = hashlib.sha256(str(length).encode())
+    with path.open("rb") as file:
+        for i in range(n):
+            file.seek(i * length // n)
+            digest.update(file.read(size))
+    return digest.hexdigest()
 
 
 def check_gguf(path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""The options of `Llama`, checked and turned into the fields of llama.cpp's parameter structs; and RPC servers."""
+"""The options of `Llama`, checked and turned into the fields of llama.cpp's parameter structs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import operator
 import os
 import re
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ LOAD_MODES = {
 # Every name that llama.cpp gives to the expert tensors of a layer.
 EXPERTS = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
-_rpc_lock = threading.Lock()
-_rpc_servers: set[str] = set()
+MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
 
 
 def model_fields(
@@ -66,14 +65,14 @@ def model_fields(
         TypeError: an option has the wrong type.
     """
     fields: dict[str, Any] = {
-        "n_gpu_layers": integer("n_gpu_layers", n_gpu_layers),
+        "n_gpu_layers": int32("n_gpu_layers", n_gpu_layers),
         "split_mode": enum_value("split_mode", split_mode, SPLIT_MODES),
-        "main_gpu": integer("main_gpu", main_gpu, 0),
+        "main_gpu": int32("main_gpu", main_gpu, 0),
         "load_mode": LOAD_MODES[flag("use_mmap", use_mmap), flag("use_mlock", use_mlock)],
     }
     if tensor_split:
         fields["tensor_split"] = _tensor_split(library, tensor_split)
-    overrides = _overrides(library, tensor_buft_overrides, integer("n_cpu_moe", n_cpu_moe, 0))
+    overrides = _overrides(library, tensor_buft_overrides, int32("n_cpu_moe", n_cpu_moe, 0))
     if overrides is not None:
         fields["tensor_buft_overrides"] = ctypes.cast(overrides, ctypes.c_void_p)  # keeps the array alive
     if kv_overrides:
@@ -103,18 +102,18 @@ def context_fields(
         TypeError: an option has the wrong type.
     """
     fields = {
-        "n_ctx": integer("n_ctx", n_ctx, 0),
-        "n_batch": integer("n_batch", n_batch, 1),
-        "n_ubatch": integer("n_ubatch", n_ubatch, 1),
+        "n_ctx": int32("n_ctx", n_ctx, 0),
+        "n_batch": int32("n_batch", n_batch, 1),
+        "n_ubatch": int32("n_ubatch", n_ubatch, 1),
         # More than tokens in a batch are of no use, and llama.cpp would abort the process.
-        "n_seq_max": min(integer("n_seq_max", n_seq_max, 1), n_batch),
+        "n_seq_max": min(int32("n_seq_max", n_seq_max, 1), n_batch, n_ctx or n_batch),
         "kv_unified": n_seq_max > 1,
-        "n_threads": integer("n_threads", n_threads or physical_cores(), 1),
+        "n_threads": int32("n_threads", n_threads or physical_cores(), 1, MAX_THREADS),
         "offload_kqv": flag("offload_kqv", offload_kqv),
         "embeddings": flag("embedding", embedding),
-        "pooling_type": integer("pooling_type", pooling_type),
+        "pooling_type": int32("pooling_type", pooling_type, -1, _structs.LLAMA_POOLING_TYPE_RANK),
     }
-    fields["n_threads_batch"] = integer("n_threads_batch", n_threads_batch or fields["n_threads"], 1)
+    fields["n_threads_batch"] = int32("n_threads_batch", n_threads_batch or fields["n_threads"], 1, MAX_THREADS)
     if embedding:
         fields["n_ubatch"] = fields["n_batch"]  # pooling needs the whole text in one micro-batch
     if flash_attn is not None:
@@ -141,6 +140,18 @@ def integer(name: str, value: Any, least: int | None = None) -> int:  # noqa: AN
     return result
 
 
+def int32(name: str, value: Any, least: int = -(2**31), most: int = 2**31 - 1) -> int:  # noqa: ANN401
+    """`value` as an int that a field of llama.cpp holds; ctypes would cut off what is too large.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is out of range.
+    """
+    if (result := integer(name, value, least)) > most:
+        raise ValueError(f"{name} is {value}, expected at most {most}")
+    return result
+
+
 def number(name: str, value: Any) -> float:  # noqa: ANN401
     """`value` as a float; TypeError if it is not a number."""
     if isinstance(value, str) or not hasattr(value, "__float__"):
@@ -153,6 +164,32 @@ def flag(name: str, value: Any) -> bool:  # noqa: ANN401
     if not isinstance(value, int) or value not in {0, 1}:
         raise TypeError(f"{name} is {value!r}, expected True or False")
     return bool(value)
+
+
+def texts(name: str, value: Any) -> tuple[list[str | list[int]], bool]:  # noqa: ANN401
+    """Texts or lists of token ids, and whether `value` is a single one of either.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, str):
+        return [value], True
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {value!r}, expected a text, token ids, or a list of either")
+    entries = list(value)
+    if entries and all(hasattr(each, "__index__") for each in entries):
+        return [[integer("a token", each) for each in entries]], True
+    found: list[str | list[int]] = [
+        each if isinstance(each, str) else [integer("a token", token) for token in _tokens(name, each)]
+        for each in entries
+    ]
+    return found, False
+
+
+def _tokens(name: str, value: Any) -> Iterable[Any]:  # noqa: ANN401
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} holds {value!r}, expected a text or token ids")
+    return value
 
 
 def enum_value(name: str, value: int | str, values: Mapping[str, int]) -> int:
@@ -194,8 +231,10 @@ def _overrides(
         if name not in types:
             raise ValueError(f"tensor_buft_overrides: there is no buffer type {name!r}; there are {', '.join(types)}")
         try:
-            re.compile(pattern)  # llama.cpp would abort the process
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(pattern)  # llama.cpp would abort the process
+        except (re.error, RecursionError) as error:
             raise ValueError(
                 f"tensor_buft_overrides: {pattern!r} is not a valid regular expression: {error}"
             ) from error
@@ -209,17 +248,21 @@ def _kv_overrides(
     """The list for `kv_overrides`, ended by an empty key."""
     result = (_structs.llama_model_kv_override * (len(values) + 1))()
     for each, (key, value) in zip(result, values.items(), strict=False):
+        if not isinstance(key, str):
+            raise TypeError(f"kv_overrides: found the key {key!r}, expected a string")
         each.key = key.encode()[:127]
         if isinstance(value, bool):
             each.tag, each.val_bool = _structs.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
+        elif isinstance(value, int) and -(2**63) <= value < 2**63:
             each.tag, each.val_i64 = _structs.LLAMA_KV_OVERRIDE_TYPE_INT, value
         elif isinstance(value, float):
             each.tag, each.val_f64 = _structs.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
         elif isinstance(value, str) and len(value.encode()) < 128:
             each.tag, each.val_str = _structs.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
         else:
-            raise ValueError(f"kv_overrides: {key} is {value!r}, expected a bool, an int, a float or at most 127 bytes")
+            raise ValueError(
+                f"kv_overrides: {key} is {value!r}, expected a bool, an int of 64 bits, a float or at most 127 bytes"
+            )
     return result
 
 
@@ -255,44 +298,3 @@ def init_numa(library: ctypes.CDLL, strategy: bool | int) -> None:
     """Set llama.cpp's NUMA strategy for the process; True is "distribute", as in llama-cpp-python."""
     if strategy:
         library.llama_numa_init(1 if strategy is True else integer("numa", strategy, 0))
-
-
-def add_rpc_servers(library: ctypes.CDLL, servers: str | Sequence[str]) -> None:
-    """Add the devices of RPC servers to those of this process, each server once, until the process ends.
-
-    Args:
-        library: the loaded library.
-        servers: HOST:PORT of each, as a list or separated by commas.
-
-    Raises:
-        ValueError: the library has no RPC backend, or a server does not answer.
-    """
-    endpoints = servers.split(",") if isinstance(servers, str) else list(servers)
-    backend = library.ggml_backend_reg_by_name(b"RPC")
-    address = backend and library.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
-    if not address:
-        raise ValueError("this libllama has no RPC backend: build it with -DGGML_RPC=ON")
-    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
-    with _rpc_lock:
-        for endpoint in endpoints:
-            if endpoint in _rpc_servers:
-                continue
-            _check_reachable(endpoint)
-            library.ggml_backend_register(add_server(endpoint.encode()))
-            _rpc_servers.add(endpoint)
-
-
-def _check_reachable(endpoint: str) -> None:
-    """ValueError if nothing listens at HOST:PORT: ggml would abort the process."""
-    import socket
-
-    host, colon, port = endpoint.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise ValueError(f"rpc_servers: found {endpoint!r}, expected HOST:PORT")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(
-            f"no RPC server answers at {endpoint} ({why}): start `ggml-rpc-server -H HOST -p PORT` there"
-        ) from error

@@ -5,7 +5,8 @@ What the models write (`-Thinking` models all of it, others only content):
     <think>\nreasoning\n</think>\n\n<response>\ncontent\n</response>\n
     <think>\nreasoning\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n
 
-The prompt often ends with `<think>`, and `<response>` may be missing. White space next to a marker belongs to it.
+The prompt often ends with `<think>`, and `<response>` may be missing. White space next to a marker belongs to it. A
+model may forget `</think>`: a line that begins with `<response>` or `<tool_call>` ends its reasoning too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ._text import partial_suffix
 
@@ -45,8 +47,13 @@ class ToolCall:
     arguments: str
 
 
+# What models call the arguments of a call; they are trained on one name and see others in descriptions of tools.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+
 # A call whose end is missing: its name as JSON text, and the beginning of its arguments.
-_BEGUN_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
+_BEGUN_CALL = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters|args|input)"\s*:\s*(.*)', re.DOTALL
+)
 
 OutputPart = Reasoning | Content | ToolCall
 
@@ -95,7 +102,7 @@ class OutputParser:
     def _known(self) -> tuple[str, ...]:
         """The markers that this section may contain; others are plain text."""
         if self._section == THINK:
-            return (END_THINK,)
+            return (END_THINK, RESPONSE, TOOL_CALL)
         if self._section == TOOL_CALL:
             return (END_TOOL_CALL,)
         if self._section == RESPONSE:
@@ -105,21 +112,27 @@ class OutputParser:
         return (TOOL_CALL,)
 
     def _next_marker(self) -> tuple[int, str] | None:
-        found = [(at, marker) for marker in self._known() if (at := self._held.find(marker)) >= 0]
-        return min(
-            (each for each in found if each[1] not in {THINK, RESPONSE} or not self._held[: each[0]].strip()),
-            default=None,
+        found = (
+            (match.start(), marker) for marker in self._known() for match in re.finditer(re.escape(marker), self._held)
         )
+        return min((each for each in found if self._is_marker(*each)), default=None)
+
+    def _is_marker(self, at: int, marker: str) -> bool:
+        """Whether `marker` has its meaning there; otherwise it is text that mentions it."""
+        before = self._held[:at]
+        if self._section == THINK and marker != END_THINK:
+            return "\n" in before[len(before.rstrip()) :] or not (before.strip() or self._begun)
+        return marker not in {THINK, RESPONSE} or not before.strip()
 
     def _enter(self, marker: str) -> None:
         self._section = {THINK: THINK, RESPONSE: RESPONSE, TOOL_CALL: TOOL_CALL}.get(marker, "")
-        self._answering = self._answering or marker == END_THINK
+        self._answering = self._answering or marker in {END_THINK, RESPONSE, TOOL_CALL}
         self._begun = False
         self._marked = True
 
     def _emit(self, text: str, marker: str | None) -> Iterator[OutputPart]:
         if marker == END_TOOL_CALL:
-            yield _tool_call(text)
+            yield from _tool_calls(text)
             return
         if not self._begun and self._marked:
             text = text.lstrip()
@@ -129,15 +142,29 @@ class OutputParser:
         yield Reasoning(text) if self._section == THINK else Content(text)
 
 
-def _tool_call(text: str) -> OutputPart:
-    """The call that the JSON between the markers describes; if it does not describe one, the text as content."""
+def _tool_calls(text: str) -> list[OutputPart]:
+    """The calls that the JSON between the markers describes; if it describes anything else, the text as content."""
     try:
-        call = json.loads(text)
+        parsed = json.loads(text)
     except json.JSONDecodeError:
-        call = None
+        parsed = None
+    calls = [_tool_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
+    found = [call for call in calls if call is not None]
+    if not found or len(found) < len(calls):
+        return [Content(f"{TOOL_CALL}{text}{END_TOOL_CALL}")]
+    return [*found]
+
+
+def _tool_call(call: Any) -> ToolCall | None:  # noqa: ANN401 - parsed JSON
+    """The call that an object describes, in any form that models write; None if it holds anything else."""
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):  # OpenAI's form
+        call = call["function"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        return Content(f"{TOOL_CALL}{text}{END_TOOL_CALL}")
-    arguments = call.get("arguments", {})
+        return None
+    others = [key for key in call if key not in {"name", "id", "type"}]
+    if others and (len(others) > 1 or others[0] not in ARGUMENTS):
+        return None
+    arguments = call[others[0]] if others else {}
     return ToolCall(
         call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     )

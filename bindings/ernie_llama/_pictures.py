@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,21 +27,33 @@ class PictureSize(NamedTuple):
     positions: int
 
 
+class PromptIds(list[int]):
+    """The entries of a prompt. It owns its pictures' pixels: they are freed with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[Picture] = []
+
+
 class Pictures:
     """Which pictures the negative ids of a sequence stand for."""
 
     def __init__(self, eyes: Eyes | None) -> None:
         self.eyes = eyes
         self._sizes: dict[int, PictureSize] = {}
-        self._waiting: dict[int, Picture] = {}  # those that are not evaluated yet
+        self._pixels: weakref.WeakValueDictionary[int, Picture] = weakref.WeakValueDictionary()
 
-    def ids(self, parts: Sequence[int | Picture]) -> list[int]:
+    def __contains__(self, picture_id: int) -> bool:
+        """Whether a negative id stands for a picture."""
+        return picture_id in self._sizes
+
+    def ids(self, parts: Sequence[int | Picture]) -> PromptIds:
         """The entries of a sequence of tokens and pictures."""
-        out: list[int] = []
+        out = PromptIds()
         for part in parts:
             if isinstance(part, Picture):
                 picture_id = self._register(part.digest, part.tokens, part.positions)
-                self._waiting[picture_id] = part
+                out.pictures.append(self._pixels.setdefault(picture_id, part))  # perhaps another prompt's
                 out += [picture_id] * part.tokens
             else:
                 out.append(part)
@@ -70,20 +83,15 @@ class Pictures:
         pictures = (self._sizes[run[0]] for run in self.runs(ids) if run[0] < 0)
         return sum(picture.tokens - picture.positions for picture in pictures)
 
-    def waiting(self, picture_id: int) -> Picture:
+    def pixels(self, picture_id: int) -> Picture:
         """A picture that is to be evaluated.
 
         Raises:
-            ValueError: it is known from a saved state only.
+            ValueError: no prompt holds its pixels any more.
         """
-        if picture_id not in self._waiting:
+        if (picture := self._pixels.get(picture_id)) is None:
             raise ValueError("a picture of the prompt is known by its cached state only: pass the messages again")
-        return self._waiting[picture_id]
-
-    def evaluated(self, picture_id: int) -> None:
-        """Free the pixels of a picture."""
-        if (picture := self._waiting.pop(picture_id, None)) is not None:
-            picture.chunk.close()
+        return picture
 
     def sizes(self, ids: Sequence[int]) -> tuple[PictureSize, ...]:
         """Of the pictures among these entries."""
@@ -92,7 +100,7 @@ class Pictures:
     def restore(self, ids: Sequence[int], sizes: Sequence[PictureSize]) -> list[int]:
         """The entries of a saved sequence, perhaps another Llama's, by the ids of this one."""
         known = {size.id: self._register(*size[1:]) for size in sizes}
-        return [known[each] if each < 0 else each for each in ids]
+        return [known.get(each, each) for each in ids]
 
 
 def picture_bytes(value: Any, loader: ImageLoader | None) -> bytes:  # noqa: ANN401 - whatever a program passes

@@ -1,145 +1,31 @@
-"""Chooses tokens: llama.cpp's sampler chains, grammars, and logits processors in Python."""
+"""Chooses tokens: llama.cpp's sampler chains, grammars, and logits processors in Python.
+
+llama.cpp ends the process if a chain is left without candidates or a grammar is told of a token that it does not allow.
+What could lead there is checked before: logits that are not finite, and a choice that something forbids.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from . import _options, _structs
+from . import _structs
 from ._handle import Handle
 from ._model import Model
 from ._processors import LogitsProcessor, StoppingCriteria
-from .llama_grammar import LlamaGrammar
+from ._sampling import LARGEST_BIAS, Sampling, Thinking
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-
-class SamplingOptions(TypedDict, total=False):
-    """The sampling options that `Llama`'s methods share; `Sampling` has the defaults.
-
-    Attributes:
-        top_k: top-k sampling; 0 disables it.
-        top_p: top-p (nucleus) sampling; 1 disables it.
-        min_p: min-p sampling: the least probability, relative to that of the likeliest token; 0 disables it.
-        typical_p: locally typical sampling; 1 disables it.
-        repeat_penalty: penalty for tokens that occurred recently, in the prompt too; 1 disables it.
-        frequency_penalty: subtracted from a token's logit for each recent occurrence; 0 disables it.
-        presence_penalty: subtracted once from the logit of every recent token; 0 disables it.
-        mirostat_mode: use Mirostat (1) or Mirostat 2.0 (2), which ignores top-k, top-p, min-p and typical_p; 0
-            disables it.
-        mirostat_tau: Mirostat's target entropy.
-        mirostat_eta: Mirostat's learning rate.
-        logit_bias: values to add to the logits of tokens, by token id.
-        grammar: the grammar that the text must follow, as an object or as GBNF text.
-        logits_processor: functions called in order with the evaluated tokens and the logits; each returns new logits.
-        stopping_criteria: functions of the evaluated tokens and the next logits, any of which may end generation.
-    """
-
-    top_k: int
-    top_p: float
-    min_p: float
-    typical_p: float
-    repeat_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    mirostat_mode: int
-    mirostat_tau: float
-    mirostat_eta: float
-    logit_bias: Mapping[int, float] | Mapping[str, float] | None
-    grammar: LlamaGrammar | str | None
-    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
-    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None
-
-
-def _grammar(name: str, value: Any) -> LlamaGrammar:  # noqa: ANN401 - that is what it checks
-    if isinstance(value, str):
-        return LlamaGrammar(value)
-    if not isinstance(value, LlamaGrammar):
-        raise TypeError(f"{name} is {value!r}, expected a LlamaGrammar or GBNF text")
-    return value
-
-
-def _logit_bias(name: str, value: Any) -> dict[int, float]:  # noqa: ANN401
-    try:
-        return {int(token): float(bias) for token, bias in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}, expected a dictionary from token ids to numbers") from None
-
-
-def _functions(name: str, value: Any) -> Sequence[Any]:  # noqa: ANN401
-    functions = list(value) if isinstance(value, Sequence) else [value]
-    if not all(map(callable, functions)):
-        raise TypeError(f"{name} is {value!r}, expected a function or a list of functions")
-    return functions
-
-
-# How the value of each option of a call is checked and converted.
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "top_k": _options.integer,
-    "top_p": _options.number,
-    "min_p": _options.number,
-    "typical_p": _options.number,
-    "repeat_penalty": _options.number,
-    "frequency_penalty": _options.number,
-    "presence_penalty": _options.number,
-    "mirostat_mode": _options.integer,
-    "mirostat_tau": _options.number,
-    "mirostat_eta": _options.number,
-    "logit_bias": _logit_bias,
-    "grammar": _grammar,
-    "logits_processor": _functions,
-    "stopping_criteria": _functions,
-}
-
 MIROSTAT_M = 100  # as in llama.cpp's own tools
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. Names and defaults are llama-cpp-python's; `temp <= 0` is greedy."""
-
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    temp: float = 0.8
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    penalty_last_n: int = 64
-    mirostat_mode: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    grammar: LlamaGrammar | None = None
-    logits_processor: Sequence[LogitsProcessor] = ()
-    stopping_criteria: Sequence[StoppingCriteria] = ()
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any], *, temp: float, penalty_last_n: int) -> Sampling:
-        """The options of a call: None stands for the default, and token ids may be text, as in JSON."""
-        given = {name: CHECKS[name](name, value) for name, value in options.items() if value is not None}
-        return cls(**given, temp=_options.number("temperature", temp), penalty_last_n=penalty_last_n)
-
-    def __post_init__(self) -> None:
-        for name in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise ValueError(f"{name} is {value}, expected a finite number")
-        if self.repeat_penalty <= 0:
-            raise ValueError(f"repeat_penalty is {self.repeat_penalty}, expected more than 0; 1 disables it")
-        if self.mirostat_mode not in {0, 1, 2}:
-            raise ValueError(f"mirostat_mode is {self.mirostat_mode}, expected 0 (off), 1 or 2")
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether any penalty is enabled."""
-        neutral = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
-        return not neutral and self.penalty_last_n != 0
+BROKEN = (
+    "the logits are not finite, so there is no token to choose: the model's weights or a LoRA adapter hold NaN or "
+    "infinity, or an option of the context (rope_*, yarn_*, lora_scale) is out of range"
+)
 
 
 class Sampler(Handle):
@@ -150,17 +36,20 @@ class Sampler(Handle):
     """
 
     def __init__(self, library: ctypes.CDLL, model: Model, sampling: Sampling, seed: int) -> None:
-        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
-        super().__init__("sampler", chain, library.llama_sampler_free)
         self._library = library
+        self._n_vocab = model.n_vocab()
+        self._row_type = ctypes.c_float * self._n_vocab
+        self._greedy = sampling.greedy
         self._penalizes = sampling.penalizes
         self._processors = sampling.logits_processor
         self.stops = _any_of(sampling.stopping_criteria) if sampling.stopping_criteria else None
-        self._grammar: Handle | None = None
-        for stage in _stages(library, model, sampling, seed):
+        self._grammar = None if sampling.grammar is None else sampling.grammar.sampler(library, model)
+        self._thought = None if sampling.thinking is None else _Thought(model, sampling.thinking)
+        biases = _biases(sampling, self._n_vocab)
+        chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+        super().__init__("sampler", chain, library.llama_sampler_free)
+        for stage in _stages(library, self._n_vocab, sampling, biases, seed):
             library.llama_sampler_chain_add(chain, stage)
-        if sampling.grammar is not None:
-            self._grammar = sampling.grammar.sampler(library, model)
 
     def close(self) -> None:
         """Free the chain and the grammar."""
@@ -181,28 +70,80 @@ class Sampler(Handle):
         return self._grammar is not None or bool(self._processors)
 
     def sample(self, context: ctypes.c_void_p, row: int) -> int:
-        """Choose and accept a token, from a row of the last logits of `context`; -1 is the last row."""
-        return int(self._library.llama_sampler_sample(self.pointer, context, row))
+        """Choose and accept a token, from a row of the last logits of `context`; -1 is the last row.
+
+        Raises:
+            RuntimeError: the logits are not finite.
+        """
+        logits = self._library.llama_get_logits_ith(context, row)
+        if not self._greedy:
+            self._check_finite(logits)
+        token = int(self._library.llama_sampler_sample(self.pointer, context, row))
+        if not math.isfinite(logits[token]):
+            raise RuntimeError(BROKEN)
+        return token
+
+    def _check_finite(self, logits: ctypes._Pointer[ctypes.c_float]) -> None:
+        import numpy as np  # see Context.logits
+
+        row = self._row_type.from_address(ctypes.addressof(logits.contents))
+        if not math.isfinite(np.frombuffer(memoryview(row), np.float32).max()):  # a NaN is the maximum of any array
+            raise RuntimeError(BROKEN)
 
     def choose(self, logits: npt.NDArray[np.float32], evaluated: Sequence[int]) -> int:
-        """Choose and accept a token, from `logits`, [n_vocab]; the logits processors see the `evaluated` tokens."""
-        if self._processors:
-            import numpy as np  # see Context.logits
+        """Choose and accept a token, from `logits`, [n_vocab]; the logits processors see the `evaluated` tokens.
 
-            before = np.array(evaluated, np.intc)
-            for process in self._processors:
-                logits = process(before, logits)
+        Raises:
+            RuntimeError: the logits are not finite.
+            ValueError: a processor returns no logits, or forbids every token that the grammar allows.
+        """
+        if not math.isfinite(logits.max()):
+            raise RuntimeError(BROKEN)
+        if self._processors:
+            logits = self._processed(logits, evaluated)
         token = self._apply(_Candidates(logits))
-        if self._grammar is not None:
-            if not self._allows(self._grammar, token):
+        if self._thought is not None and self._thought.open:
+            token = self._thought.next(token)
+        elif self._grammar is not None:
+            if token is None or not self._allows(self._grammar, token):
                 candidates = _Candidates(logits)
                 self._library.llama_sampler_apply(self._grammar.pointer, candidates.array)
                 token = self._apply(candidates)
+                if token is None or not self._allows(self._grammar, token):
+                    raise ValueError(
+                        "no token is left to choose: the grammar allows only tokens that logit_bias or a logits "
+                        "processor forbids, or that the vocabulary does not have"
+                    )
             self._library.llama_sampler_accept(self._grammar.pointer, token)
+        if token is None:
+            raise ValueError("no token is left to choose: logit_bias and the logits processors forbid all of them")
         self._library.llama_sampler_accept(self.pointer, token)
         return token
 
-    def _apply(self, candidates: _Candidates) -> int:
+    def _processed(self, logits: npt.NDArray[np.float32], evaluated: Sequence[int]) -> npt.NDArray[np.float32]:
+        """What the logits processors make of `logits`, [n_vocab]; an infinite one leaves no other choice."""
+        import numpy as np  # see Context.logits
+
+        before = np.array(evaluated, np.intc)
+        for process in self._processors:
+            returned = process(before, logits)
+            try:
+                logits = np.asarray(returned, np.float32)
+            except (TypeError, ValueError):
+                raise ValueError(f"{_name(process)} returned {returned!r}, expected {self._n_vocab} logits") from None
+            if logits.shape != (self._n_vocab,):
+                raise ValueError(
+                    f"{_name(process)} returned logits of shape {list(logits.shape)}, expected [{self._n_vocab}]"
+                )
+            peak = logits.max()
+            if np.isnan(peak):
+                raise ValueError(f"{_name(process)} returned logits that are NaN; -inf forbids a token")
+            if peak == np.inf:
+                logits = np.where(logits == peak, np.float32(0), np.float32(-np.inf))
+        return logits
+
+    def _apply(self, candidates: _Candidates) -> int | None:
+        """The token that the chain chooses; None if it is a forbidden one, so that no other was left."""
         self._library.llama_sampler_apply(self.pointer, candidates.array)
         return candidates.selected()
 
@@ -211,6 +152,39 @@ class Sampler(Handle):
         array = _structs.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
         self._library.llama_sampler_apply(grammar.pointer, array)
         return bool(one.logit != -math.inf)
+
+
+class _Thought:
+    """Follows the text before the grammar's, and closes it when its budget is spent.
+
+    Attributes:
+        open: whether it has not ended yet.
+    """
+
+    def __init__(self, model: Model, thinking: Thinking) -> None:
+        self.open = True
+        self._model = model
+        self._end = thinking.end
+        self._left = thinking.budget
+        self._closing = list(thinking.closing)
+        self._text = b""
+
+    def next(self, token: int | None) -> int | None:
+        """The token that the model has chosen, or one that closes the thought."""
+        if self._left <= 0 or token is None or self._model.is_eog(token) or not self._ends_cleanly(token):
+            self._left = 0
+            token = self._closing.pop(0)
+        self._left -= 1
+        self._text = self._with(token)
+        self.open = bool(self._closing) and self._end not in self._text
+        return token
+
+    def _with(self, token: int) -> bytes:
+        return self._text[-256:] + self._model.token_to_piece(token, special=True)
+
+    def _ends_cleanly(self, token: int) -> bool:
+        """Whether `token` does not begin the answer too, which the grammar would not see."""
+        return not self._with(token).partition(self._end)[2].strip()
 
 
 def _any_of(criteria: Sequence[StoppingCriteria]) -> Callable[[Sequence[int], npt.NDArray[np.float32]], bool]:
@@ -232,23 +206,41 @@ class _Candidates:
         pointer = self._data.ctypes.data_as(ctypes.POINTER(_structs.llama_token_data))
         self.array = _structs.llama_token_data_array(pointer, len(logits), -1, False)
 
-    def selected(self) -> int:
-        """The token that the chain has chosen."""
+    def selected(self) -> int | None:
+        """The token that the chain has chosen; None if its logit is -inf."""
         if not 0 <= self.array.selected < self.array.size:
-            raise RuntimeError("the samplers left no token to choose")
-        return int(self.array.data[self.array.selected].id)
+            return None
+        chosen = self.array.data[self.array.selected]
+        return int(chosen.id) if math.isfinite(chosen.logit) else None
 
 
-def _stages(library: ctypes.CDLL, model: Model, sampling: Sampling, seed: int) -> list[ctypes.c_void_p]:
+def _name(process: LogitsProcessor) -> str:
+    return f"the logits processor {getattr(process, '__name__', type(process).__name__)}"
+
+
+def _biases(sampling: Sampling, n_vocab: int) -> ctypes.Array[_structs.llama_logit_bias]:
+    for token in sampling.logit_bias:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"logit_bias names token {token}, which is not in the vocabulary of {n_vocab} tokens")
+    if sum(bias == -math.inf for bias in sampling.logit_bias.values()) == n_vocab:
+        raise ValueError(f"logit_bias forbids all {n_vocab} tokens of the vocabulary")
+    found = [
+        _structs.llama_logit_bias(token, bias if bias == -math.inf else max(-LARGEST_BIAS, min(bias, LARGEST_BIAS)))
+        for token, bias in sampling.logit_bias.items()
+    ]
+    return (_structs.llama_logit_bias * len(found))(*found)
+
+
+def _stages(
+    library: ctypes.CDLL,
+    n_vocab: int,
+    sampling: Sampling,
+    biases: ctypes.Array[_structs.llama_logit_bias],
+    seed: int,
+) -> list[ctypes.c_void_p]:
     stages = []
-    n_vocab = model.n_vocab()
-    if sampling.logit_bias:
-        for token in sampling.logit_bias:
-            if not 0 <= token < n_vocab:
-                raise ValueError(f"logit_bias names token {token}, which is not in the vocabulary of {n_vocab} tokens")
-        biases = [_structs.llama_logit_bias(token, bias) for token, bias in sampling.logit_bias.items()]
-        array = (_structs.llama_logit_bias * len(biases))(*biases)
-        stages.append(library.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
+    if len(biases):
+        stages.append(library.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
     if sampling.penalizes:
         stages.append(
             library.llama_sampler_init_penalties(
@@ -259,7 +251,7 @@ def _stages(library: ctypes.CDLL, model: Model, sampling: Sampling, seed: int) -
                 sampling.presence_penalty,
             )
         )
-    if sampling.temp <= 0:
+    if sampling.greedy:
         return [*stages, library.llama_sampler_init_greedy()]
     tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
     if sampling.mirostat_mode == 1:
@@ -270,7 +262,7 @@ def _stages(library: ctypes.CDLL, model: Model, sampling: Sampling, seed: int) -
         return [*stages, library.llama_sampler_init_temp(sampling.temp), mirostat]
     return [
         *stages,
-        library.llama_sampler_init_top_k(sampling.top_k),
+        library.llama_sampler_init_top_k(min(max(sampling.top_k, 0), n_vocab)),
         library.llama_sampler_init_typical(sampling.typical_p, 1),
         library.llama_sampler_init_top_p(sampling.top_p, 1),
         library.llama_sampler_init_min_p(sampling.min_p, 1),

@@ -55,6 +55,14 @@ class llama_adapter_lora_p(Pointer):
     """`struct llama_adapter_lora *`."""
 
 
+class ggml_context_p(Pointer):
+    """`struct ggml_context *`."""
+
+
+class ggml_tensor_p(Pointer):
+    """`struct ggml_tensor *`."""
+
+
 class ggml_backend_buffer_type_t(Pointer):
     """A kind of memory that tensors are allocated in."""
 
@@ -206,6 +214,12 @@ class llama_model_kv_override(ctypes.Structure):
     _fields_ = [("tag", enum), ("key", c_char * 128), ("value", _KvOverrideValue)]
 
 
+class ggml_init_params(ctypes.Structure):
+    """Memory of a ggml context; `no_alloc`: its tensors have no data."""
+
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     llama_batch,
     llama_model_params,
@@ -215,6 +229,7 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (
     llama_sampler_chain_params,
     llama_logit_bias,
     llama_model_tensor_buft_override,
+    ggml_init_params,
 )
 
 # The version of llama.cpp that these declarations are for, without its suffix.
@@ -268,6 +283,7 @@ GGML_TYPE_Q5_1 = 7
 GGML_TYPE_Q8_0 = 8
 GGML_TYPE_IQ4_NL = 20
 GGML_TYPE_BF16 = 30
+GGML_TYPE_CCQ2 = 180
 
 GGML_LOG_LEVEL_WARN = 3
 GGML_LOG_LEVEL_CONT = 5

@@ -12,17 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _compat, _library, _options, _structs, _template
-from ._chat import ChatResults, format_grammar, tool_grammar
+from . import _compat, _library, _messages, _options, _rpc, _structs
+from ._chat import ChatResults
+from ._chat_grammar import AnswerGrammar
 from ._compat import CompletionOptions, LlamaOptions
 from ._completion import Completion, Results, log_softmax
 from ._context import Context
-from ._engine import Engine, LlamaState
+from ._engine import Engine
 from ._log import LOG
 from ._model import Model
-from ._output import MARKERS, THINK
+from ._output import END_THINK, MARKERS
 from ._pictures import ImageLoader
-from ._sampler import Sampling, SamplingOptions
+from ._sampling import Sampling, SamplingOptions
+from ._state import LlamaState
 from ._template import ChatTemplate
 from .llama_cache import longest_token_prefix
 from .llama_tokenizer import LlamaTokenizer
@@ -54,8 +56,8 @@ class Llama:
     """A GGUF model that tokenizes, evaluates, generates and chats. Names are those of llama-cpp-python.
 
     A Llama does one thing at a time. Threads that share one wait for each other; a stream counts as one thing from
-    its first chunk to its last. If a thread leaves a stream unfinished and makes another call, the stream has ended,
-    and continuing it raises RuntimeError. `docs/python-api.md` lists the differences from llama-cpp-python.
+    its first chunk to its last. While its reader rests, other calls may come between; then it continues where it was.
+    `docs/python-api.md` lists the differences from llama-cpp-python.
 
     Attributes:
         model_path: path of the file.
@@ -179,7 +181,7 @@ class Llama:
         library = _library.load()
         _options.init_numa(library, rare.get("numa") or False)
         if rpc_servers:
-            _options.add_rpc_servers(library, rpc_servers)
+            _rpc.add_rpc_servers(library, rpc_servers)
         model_fields = _options.model_fields(
             library,
             n_gpu_layers=n_gpu_layers,
@@ -194,9 +196,9 @@ class Llama:
         )
         self._image_max_tokens = _options.integer("image_max_tokens", image_max_tokens, 0)
         self._image_loader = image_loader
-        self._model = Model(library, self.model_path, model_fields)
+        self._model = Model(library, self.model_path, model_fields, rare.get("kv_overrides"))
         self.metadata = self._model.metadata()
-        context_fields |= _compat.context_fields(rare, self.metadata)
+        context_fields |= _compat.context_fields(rare, self.metadata, context_fields["n_batch"])
         if n_seq_max > 1 and self._model.is_recurrent():
             raise ValueError(f"n_seq_max is {n_seq_max}, expected 1: texts cannot share the state of a recurrent model")
         self._ctx = Context(library, self._model, context_fields)
@@ -440,6 +442,7 @@ class Llama:
         Raises:
             ValueError: as `score`, before anything is evaluated.
         """
+        self._engine.check_tokens([token for tokens, _ in texts for token in tokens])
         requests = [self._request(index, tokens, n_scored) for index, (tokens, n_scored) in enumerate(texts)]
         return self._engine.score(requests)
 
@@ -482,7 +485,7 @@ class Llama:
 
     def _sampling(self, options: CompletionOptions, temp: float) -> Sampling:
         given = _compat.accepted("this method of Llama", options, _compat.COMPLETION, SamplingOptions.__annotations__)
-        return Sampling.from_options(given, temp=temp, penalty_last_n=self.last_n_tokens_size)
+        return Sampling.from_options(given, temp=temp, penalty_last_n=min(self.last_n_tokens_size, self.n_ctx()))
 
     def generate(
         self, tokens: Sequence[int], *, temp: float = 0.8, reset: bool = True, **options: Unpack[CompletionOptions]
@@ -571,7 +574,11 @@ class Llama:
         """
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise TypeError(f"the prompt is {type(prompt).__name__}, expected str or token ids")
-        tokens = self.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self.tokenize(prompt.encode(), special=True)
+        else:
+            tokens = [_options.integer("a token", token) for token in prompt]
+            self._engine.check_tokens(tokens)
         text = prompt if isinstance(prompt, str) else self._prompt_text(tokens)
         if echo and logprobs is not None and not self._engine.logits_all:
             raise ValueError("echo with logprobs needs the logits of the prompt: Llama(..., logits_all=True)")
@@ -710,7 +717,7 @@ class Llama:
         `reasoning_content`, `content` and `tool_calls` of the message.
 
         Args:
-            messages: the conversation, with or without a leading system message.
+            messages: the conversation; a last message of the assistant's is the beginning of the answer.
             tools: what the model may call; passed to the template.
             tool_choice: "none" hides the tools; "required" or the name of a function forces a call.
             temperature: 0 or less is greedy.
@@ -732,27 +739,22 @@ class Llama:
         visible_tools = None if tool_choice == "none" else tools
         found: list[bytes] = []
         seen = self._without_pictures(messages, found)
-        prompt = self.apply_chat_template(seen, visible_tools, chat_template_kwargs=chat_template_kwargs)
-        grammars = [
-            tool_grammar(tools, tool_choice),
-            format_grammar(response_format) if response_format is not None else None,
-            options.get("grammar"),
-        ]
-        given = [grammar for grammar in grammars if grammar is not None]
-        if len(given) > 1:
-            raise ValueError("grammar, response_format and a tool_choice that forces a call exclude each other")
-        options["grammar"] = given[0] if given else None
+        prompt = self._template.prompt(seen, tools=visible_tools, variables=chat_template_kwargs)
+        answer = AnswerGrammar.of(tools, tool_choice, response_format, options.pop("grammar", None))
+        thinks = answer.thinks(prompt.thinks, self._template.source)
         completion = self._completion(
-            self._chat_tokens(prompt, found),
+            self._chat_tokens(prompt.text, found),
             self._sampling(options, temperature),
             max_tokens,
             stop,
             seed,
             (top_logprobs or 0) if logprobs else None,
         )
+        closing = self.tokenize(f"{END_THINK}\n\n".encode(), add_bos=False, special=True)
+        completion.sampling = answer.sampling(completion.sampling, thinks, closing, completion.limit)
         completion.visible = self._markers
-        thinking = prompt.rstrip().endswith(THINK)
-        results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinking)
+        name = model if model is not None else self.model_path
+        results = ChatResults(completion, name, thinking=thinks, begun=prompt.answer)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(
@@ -782,7 +784,7 @@ class Llama:
         """The messages with a marker for each picture, whose files are added to `found`."""
         if (eyes := self._engine.pictures.eyes) is None:
             return messages
-        return [_template.without_pictures(message, eyes.marker, self._image_loader, found) for message in messages]
+        return [_messages.without_pictures(each, eyes.marker, self._image_loader, found) for each in messages]
 
     def _chat_tokens(self, prompt: str, pictures: Sequence[bytes]) -> list[int]:
         """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
@@ -803,16 +805,16 @@ class Llama:
     # A list of Any because llama-cpp-python's shapes depend on the input and on the pooling.
     def embed(
         self,
-        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        input: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],  # noqa: A002 - llama-cpp-python's name
         normalize: bool = False,
         truncate: bool = True,
     ) -> list[Any]:
-        """The embedding of a text, or a list of the embeddings of several texts.
+        """The embedding of a text, or a list of the embeddings of several texts; a text may be its token ids.
 
         With pooling an embedding is a list of numbers, [n_embd]; without, there is one per token: [n_tokens][n_embd].
 
         Args:
-            input: a text or several.
+            input: a text or several, as str or as token ids.
             normalize: scale each embedding to length 1.
             truncate: drop what exceeds `n_batch` tokens.
 
@@ -820,17 +822,17 @@ class Llama:
             RuntimeError: the Llama was made without `embedding=True`.
             ValueError: a text is empty or too long.
         """
-        texts = [input] if isinstance(input, str) else list(input)
+        texts, single = _options.texts("input", input)
         embeddings = [self._engine.embed(self._embedding_tokens(text, truncate), normalize) for text in texts]
-        return embeddings[0] if isinstance(input, str) else embeddings
+        return embeddings[0] if single else embeddings
 
     def create_embedding(
         self,
-        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        input: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],  # noqa: A002 - llama-cpp-python's name
         model: str | None = None,
     ) -> CreateEmbeddingResponse:
         """As `embed`, as a dictionary of the OpenAI API."""
-        texts = [input] if isinstance(input, str) else list(input)
+        texts, _ = _options.texts("input", input)
         tokens = [self._embedding_tokens(text, truncate=True) for text in texts]
         n = sum(map(len, tokens))
         return {
@@ -843,10 +845,11 @@ class Llama:
             "usage": {"prompt_tokens": n, "total_tokens": n},
         }
 
-    def _embedding_tokens(self, text: str, truncate: bool) -> list[int]:
+    def _embedding_tokens(self, text: str | Sequence[int], truncate: bool) -> list[int]:
         if not self._embedding:
             raise RuntimeError("embeddings need Llama(..., embedding=True)")
-        tokens = self.tokenize(text.encode())
+        tokens = self.tokenize(text.encode()) if isinstance(text, str) else list(text)
+        self._engine.check_tokens(tokens)
         if truncate:
             tokens = tokens[: self._ctx.n_batch]
         if not 0 < len(tokens) <= self._ctx.n_batch:

@@ -1,30 +1,41 @@
 """The command `ernie-gguf`. Heavy imports happen inside the commands, so that --help is quick."""
 
+import io
 import os
 import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .bars import progress_bar as _progress
+from .checkpoint.k_order import KOrder
 from .engine.command import build
 from .engine.info import info
-from .errors import ErnieGgufError
+from .errors import ErnieGgufError, Stopped, leaving, one_line
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
+from .hub.lazy import takes_names
+from .plain_help import PlainCommand
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
+from .serving.run import run
 from .serving.serve import serve
 
 if TYPE_CHECKING:
-    from .write import Progress
+    from .checkpoint.find_k_order import KOrderFinding
 
+KOrderOption = Annotated[
+    KOrder,
+    typer.Option(
+        help="In which order of K the experts of a 2-bit checkpoint were quantized: natural, or shuffled as Baidu's "
+        "engine reads them since July 2025. auto: found from their weights, refused where these do not tell."
+    ),
+]
 _LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
 
 app = typer.Typer(
@@ -35,14 +46,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: at 80 columns it cuts no option's name and breaks no list of choices
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def _version(value: bool) -> None:
@@ -62,36 +65,17 @@ def _options(
     pass
 
 
-@contextmanager
-def _progress(total: int, verb: str = "Writing", bytes_: bool = True) -> Iterator["Progress"]:
-    """A bar with rate and time left on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount = (DownloadColumn(), TransferSpeedColumn()) if bytes_ else (TaskProgressColumn(show_speed=True),)
-    columns = (TextColumn(verb), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-@app.command()
+@app.command(cls=PlainCommand)
 def convert(  # noqa: PLR0917 - typer makes options of the parameters
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint, or a name on the Hub.")
+    ],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-OUTTYPE.gguf in it (default: the current one).",
+            show_default=False,
+        ),
     ] = None,
     outtype: Annotated[
         Outtype,
@@ -111,7 +95,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     mmproj: Annotated[
         Path | None,
         typer.Option(
-            help="File for the eyes of a vision-language (VL) checkpoint: its vision tower and resampler.",
+            help="Where to write the vision encoder (mmproj) of a VL checkpoint.",
             show_default=False,
         ),
     ] = None,
@@ -119,17 +103,18 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     vision_experts: Annotated[
         ExpertType | None,
         typer.Option(
-            help="Type of the experts for pictures (default: q8_0 with ccq2 and q4_0, else as the other experts).",
+            help="Type of the vision experts (default: q8_0 with ccq2 and q4_0, else as the other experts).",
             show_default=False,
         ),
     ] = None,
     vision_tokens: Annotated[
         VisionTokens,
         typer.Option(
-            help="Which tokens of a text go through those experts too. all: every id from the picture's placeholder "
-            "on, as in Baidu's engine; marks: those around a picture, as in transformers."
+            help="Which text tokens go through the vision experts too. all: every id from the image placeholder on, as "
+            "in Baidu's engine; marks: those around an image, as in transformers."
         ),
     ] = VisionTokens.ALL,
+    ccq_k_order: KOrderOption = KOrder.AUTO,
     split_max_size: Annotated[
         str | None,
         typer.Option(
@@ -140,17 +125,27 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Take the language model of a vision-language (VL) checkpoint.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Store nothing of SRC, a name: fetch a part, convert it, drop it.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --stream: start over instead of resuming an interrupted run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the summary as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces worked on at once; memory grows with it.")] = min(
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads; memory grows with them.")] = min(
         os.cpu_count() or 1, 4
     ),
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
-    from .convert import check_mmproj, output_path, prepare, split_plan, write_gguf
+    from .convert import check_mmproj, output_path, prepare, slow_note, split_plan, write_gguf
     from .gguf_file.split import parse_size, split_paths
+    from .hub.k_order import fetch_for_k_order
+    from .hub.source import opened
+    from .hub.space import announce, downloaded
+    from .hub.stream import check_disk, convert_stream, plan_stream
     from .plan import choose
 
     try:
@@ -158,70 +153,121 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--split-max-size") from exc
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
-    job = prepare(source, outtype, text_only, choices, vision_tokens)
-    path = output_path(job, outfile or source)
-    check_mmproj(job, path, mmproj)
-    if dry_run:
-        paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
-        report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
-        return
-    _mention_leftovers(path.parent)
-    with _progress(job.nbytes) as progress:
-        result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
-    report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
+    with opened(source) as place:
+        look = place.repository is None or dry_run or stream
+        if look:
+            fetch_for_k_order(place, text_only)
+        job = prepare(place.folder, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order, look=look)
+        if look:
+            _mention_k_order(source, job.k_order_finding, ccq_k_order)
+        path = output_path(job, outfile)
+        check_mmproj(job, path, mmproj)
+        if stream and place.repository is None:
+            raise typer.BadParameter(f"{source} is here already: it is for names on the Hub", param_hint="--stream")
+        if dry_run:
+            paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
+            report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
+            announce(job, place, path, mmproj)
+            return
+        _mention_leftovers(path.parent)
+        if slow := slow_note(job.plan):
+            sys.stderr.write(f"note: {slow}\n")
+        if stream and place.repository is not None:
+            streamed = plan_stream(job, place.repository, path, split_bytes, mmproj)
+            check_disk(streamed)
+            result = convert_stream(streamed, threads, overwrite, restart, _progress)
+        else:
+            if place.repository is not None:
+                folder = downloaded(job, place, path, overwrite, mmproj)
+                job = prepare(folder, outtype, text_only, choices, vision_tokens, k_order=ccq_k_order)
+                _mention_k_order(source, job.k_order_finding, ccq_k_order)
+            stopped = leaving("; no output was written, run the command again")
+            with stopped, _progress(job.nbytes, even=not slow) as progress:
+                result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
+        report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
-@app.command()
+@app.command(cls=PlainCommand, short_help="Show what a GGUF file, or a checkpoint, holds.")
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a checkpoint: a folder or a name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a GGUF file's metadata, tensors, sizes and bits per weight."""
+    """Show a GGUF file's metadata, tensors, sizes and bits per weight, or those of a checkpoint from its headers."""
     from . import report
     from .gguf_file.reader import read_gguf
+    from .hub.describe import checkpoint_json, checkpoint_table
+    from .hub.names import is_checkpoint
+    from .hub.source import opened
 
+    if is_checkpoint(file):
+        with opened(file) as place:
+            report.show(checkpoint_json(place) if as_json else checkpoint_table(place))
+        return
     gguf = read_gguf(file)
     report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
 
 
-@app.command(short_help="Compare every weight of a GGUF with its checkpoint.")
-def verify(
+@app.command(cls=PlainCommand, short_help="Compare every weight of a GGUF with its checkpoint.")
+@takes_names
+def verify(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Pieces compared at once.")] = min(os.cpu_count() or 1, 4),
+    ccq_k_order: KOrderOption = KOrder.AUTO,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = min(os.cpu_count() or 1, 4),
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from.
 
     The GGUF may be an mmproj. The exit code is 1 if a weight is wrong.
     """
+    from .checkpoint.find_k_order import find_k_order
+    from .checkpoint.names import collect
     from .convert import read_checkpoint
     from .gguf_file.reader import read_gguf
     from .mapping import map_tensors
     from .report import show
     from .verify.compare import tensors_of
     from .verify.compare import verify as compare
-    from .verify.report import verdicts_json, verdicts_table
+    from .verify.report import k_orders, verdicts_json, verdicts_table
 
     gguf = read_gguf(file)
-    mapped = tensors_of(map_tensors(*read_checkpoint(source, text_only)), gguf)
+    config, headers = read_checkpoint(source, text_only)
+    mapped = tensors_of(map_tensors(config, headers), gguf)
+    finding = find_k_order(config, collect(headers, config).sources)
+    _mention_k_order(source, finding, ccq_k_order)
+    order = finding.order if finding and ccq_k_order is KOrder.AUTO else ccq_k_order
     with _progress(sum(tensor.elements for tensor in mapped), "Comparing", bytes_=False) as progress:
-        verdicts = compare(mapped, gguf, threads, progress)
-    show(verdicts_json(gguf, verdicts) if as_json else verdicts_table(gguf, verdicts))
+        verdicts = compare(mapped, gguf, threads, progress, order)
+    orders = k_orders(gguf, finding, order)
+    show(verdicts_json(gguf, verdicts, orders) if as_json else verdicts_table(gguf, verdicts, orders))
     if not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)
 
 
-app.command(short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(quantize)
-app.command(short_help="Build the patched llama.cpp and install it for this user.")(build)
-app.command(short_help="Show the llama.cpp in use; say whether a file fits.")(info)
+app.command(cls=PlainCommand, short_help="Quantize the experts of a checkpoint to ccq2 (2 bits).")(
+    takes_names(quantize)
+)
+app.command(cls=PlainCommand, short_help="Build the patched llama.cpp and install it for this user.")(build)
+app.command(cls=PlainCommand, short_help="Show the llama.cpp in use; say whether a file fits.")(info)
 app.command(
+    cls=PlainCommand,
     short_help="Serve a file over HTTP: the OpenAI API, a page for browsers.",
     context_settings={"ignore_unknown_options": True},
 )(serve)
-app.command()(chat)
-app.command("eval", short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
+app.command(cls=PlainCommand, short_help="From a name on the Hub to a chat: download, convert, talk.")(run)
+app.command(cls=PlainCommand)(chat)
+app.command("eval", cls=PlainCommand, short_help="Evaluate a file with tasks of lm-evaluation-harness.")(evaluate)
+
+
+def _mention_k_order(source: Path, finding: "KOrderFinding | None", asked: KOrder) -> None:
+    """Say where --ccq-k-order goes against what the weights say, or says nothing."""
+    if asked is KOrder.AUTO:
+        return
+    if finding is None:
+        sys.stderr.write(f"note: {source} has no 2-bit experts: --ccq-k-order {asked.value} changes nothing\n")
+    elif finding.order not in (KOrder.AUTO, asked):
+        sys.stderr.write(f"warning: {source}: read as {asked.value}, as asked, but its weights say {finding}\n")
 
 
 def _mention_leftovers(folder: Path) -> None:
@@ -235,7 +281,7 @@ def _mention_leftovers(folder: Path) -> None:
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # cleaning up takes no longer than one piece
-    raise _Stopped(number)
+    raise Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -251,12 +297,21 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _os_error(exc: OSError) -> str:
-    place = f"{exc.filename}: " if exc.filename else ""
-    return f"{place}{exc.strerror or exc}"
+    # The path goes through the error's repr nowhere: bytes that are no text are shown by _fail.
+    place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, (str, bytes)) else ""
+    return f"{place}{exc.strerror or one_line(exc)}"
+
+
+def _print_anything() -> None:
+    """Let stdout and stderr escape what their encoding cannot hold: names in checkpoints and paths may be anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 bad input or output, 2 wrong usage, 130 and 143 interrupted."""
+    _print_anything()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -271,8 +326,5 @@ def main() -> None:
         _fail(_os_error(exc), 1)
     except MemoryError:
         _fail("out of memory", 1)
-    except _Stopped as stop:
-        _fail(
-            f"stopped by {signal.Signals(stop.number).name}; no output was written, run the command again",
-            128 + stop.number,
-        )
+    except Stopped as stop:
+        _fail(f"stopped by {signal.Signals(stop.number).name}{stop.left}", 128 + stop.number)

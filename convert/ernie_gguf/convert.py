@@ -1,28 +1,39 @@
 """Conversion from top to bottom: read headers, plan, write."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from gguf import GGUFWriter
 
+from .ccq2 import native
 from .checkpoint.config import ErnieConfig, read_config
-from .checkpoint.shards import TensorHeader, read_headers
+from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
+from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
+from .checkpoint.k_order import KOrder
+from .checkpoint.names import collect
+from .checkpoint.shards import TensorHeader, read_headers, stale_weights
+from .checkpoint.source import checkpoint_folder
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
 from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
+from .gguf_file.types import GgmlType
 from .gguf_file.writer import add_tensor, unfinished
+from .mapping import map_tensors
 from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
-from .plan import Choices, Plan, make_plans
+from .plan import Choices, Plan, make_plans, resolve_auto
 from .transform import Inexact
 from .write import Progress, data_nbytes, write_tensors
 
+_NUMPY_RATE = 48_000  # weights per second that numpy encodes as ccq2, whatever the threads: 65 s for the example
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
 
 
@@ -36,6 +47,15 @@ class Job:
     plan: Plan
     projector: Plan | None = None  # of a VL checkpoint: the mmproj
     vision_tokens: VisionTokens = VisionTokens.ALL
+    k_order: KOrder = KOrder.NATURAL  # to read its 2-bit experts in; AUTO: unclear, nothing can be written
+    k_order_finding: KOrderFinding | None = None  # what their weights say; None without such experts
+    sampling: Sampling = NO_SAMPLING
+    weights_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the checkpoint's small files."""
+        return [*self.weights_notes, *self.vocab.notes, *self.sampling.notes]
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +76,8 @@ class ConvertResult:
 def model_name(source: Path) -> str:
     """The repository's name: the folder's, or in a download cache that of the folder above `snapshots`."""
     path = source.resolve()
-    if path.parent.name == "snapshots":
-        return path.parents[1].name.rsplit("--", 1)[-1]
-    return path.name
+    name = path.parents[1].name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
+    return os.fsencode(name).decode(errors="replace")  # bytes of a path need not be text
 
 
 def refuse_split(source: Path) -> None:
@@ -81,6 +100,7 @@ def refuse_split(source: Path) -> None:
 
 def read_checkpoint(source: Path, text_only: bool = False) -> tuple[ErnieConfig, dict[str, TensorHeader]]:
     """A checkpoint's configuration and tensor headers; raises an ErnieGgufError."""
+    source = checkpoint_folder(source)
     refuse_split(source)
     return read_config(source, text_only), read_headers(source)
 
@@ -91,18 +111,43 @@ def prepare(
     text_only: bool = False,
     choices: Choices | None = None,
     vision_tokens: VisionTokens = VisionTokens.ALL,
+    *,
+    k_order: KOrder = KOrder.AUTO,
+    look: bool = True,
 ) -> Job:
-    """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing."""
+    """Read a checkpoint's headers and tokenizer and plan its conversion; raises an ErnieGgufError, writes nothing.
+
+    With 2-bit experts some of their weights are read too, to find their order of K; `k_order` overrules it. Without
+    `look` headers are enough, and the plan is that of the natural order unless `k_order` says otherwise.
+    """
+    source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
-    plan, projector = make_plans(config, headers, outtype, choices)
-    return Job(source, config, read_vocab(source, config), plan, projector, vision_tokens)
+    mapped = map_tensors(config, headers)
+    finding = find_k_order(config, collect(headers, config).sources) if look else None
+    order = k_order
+    if k_order is KOrder.AUTO:
+        order = finding.order if finding else KOrder.NATURAL
+    plan, projector = make_plans(mapped, resolve_auto(headers), outtype, choices, order)
+    return Job(
+        source,
+        config,
+        read_vocab(source, config),
+        plan,
+        projector,
+        vision_tokens,
+        k_order=order,
+        k_order_finding=finding,
+        sampling=read_sampling(source),
+        weights_notes=tuple(stale_weights(source)),
+    )
 
 
 def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
     """Raises OutputError unless there is a name for each file of the model, and no other."""
     if job.projector is not None and mmproj is None:
         raise OutputError(
-            f"{job.source}: a vision-language model makes two files: give --mmproj FILE for its eyes, or --text-only"
+            f"{job.source}: a vision-language model makes two files: give --mmproj FILE for its vision encoder, "
+            "or --text-only"
         )
     if job.projector is None and mmproj is not None:
         raise OutputError(f"{mmproj}: --mmproj is for vision-language (VL) checkpoints, without --text-only")
@@ -110,8 +155,12 @@ def check_mmproj(job: Job, outfile: Path, mmproj: Path | None) -> None:
         raise OutputError(f"{mmproj}: --mmproj and --outfile name the same file")
 
 
-def output_path(job: Job, outfile: Path) -> Path:
-    """The file to write: in a folder, NAME-OUTTYPE.gguf (upstream's habit, without the size)."""
+def output_path(job: Job, outfile: Path | None) -> Path:
+    """The file to write: in a folder, by default the current one, NAME-OUTTYPE.gguf (upstream's habit)."""
+    if outfile is None:
+        outfile = Path()
+        if outfile.resolve() == job.source.resolve():
+            raise OutputError("the current folder is the checkpoint, which is left as it is: give --outfile")
     if outfile.is_dir():
         return outfile / f"{model_name(job.source)}-{job.plan.label or job.plan.outtype.value.upper()}.gguf"
     return outfile
@@ -121,7 +170,8 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
     """Metadata and tensor table of one file; files after the first carry only the split keys."""
     writer, part = GGUFWriter(None, job.config.arch), files[number]
     if number == 0:
-        write_metadata(writer, model_name(job.source), job.config, job.vocab, job.plan, tokens=job.vision_tokens)
+        name, sampling = model_name(job.source), job.sampling.settings
+        write_metadata(writer, name, job.config, job.vocab, job.plan, tokens=job.vision_tokens, sampling=sampling)
     else:
         write_layout(writer, part)
     if len(files) > 1:
@@ -154,6 +204,21 @@ def _with_tensors(writer: GGUFWriter, plan: Plan) -> GGUFWriter:
     return writer
 
 
+def slow_note(plan: Plan) -> str:
+    """That numpy has to encode ccq2, how long it takes and how to mend it; nothing if the compiled encoder is there."""
+    weights = sum(
+        tensor.elements
+        for tensor in plan.tensors
+        if tensor.ggml_type is GgmlType.CCQ2 and not any(part.source.storage.quantized for part in tensor.parts)
+    )
+    if not weights or native.library() is not None:
+        return ""
+    return (
+        f"the compiled encoder is missing, and numpy takes about {timedelta(seconds=weights // _NUMPY_RATE)} for "
+        f"{weights:,} weights, 80 times as long: `make search` in a checkout or `ernie-gguf build` compiles it"
+    )
+
+
 def _check_disk(paths: list[Path], plans: list[Plan]) -> None:
     """Raises OutputError if a disk has no room for what goes there."""
     needed: dict[int, int] = {}
@@ -170,6 +235,27 @@ def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
+def output_files(
+    job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
+) -> tuple[list[Path], list[Plan], list[GGUFWriter]]:
+    """Name, plan and header of every file: the model's, then that of its eyes."""
+    check_mmproj(job, outfile, mmproj)
+    parts = split_plan(job.plan, split_max_bytes)
+    writers = [file_header(job, parts, number) for number in range(len(parts))]
+    paths = split_paths(outfile, len(parts))
+    if job.projector is not None and mmproj is not None:
+        parts.append(job.projector)
+        writers.append(projector_header(job, job.projector))
+        paths.append(mmproj)
+    return paths, parts, writers
+
+
+def require_k_order(job: Job) -> None:
+    """Raises CheckpointError where 2-bit experts do not tell their order of K and nobody has said it."""
+    if job.k_order is KOrder.AUTO and job.k_order_finding is not None:
+        raise_unclear(job.k_order_finding, str(job.source))
+
+
 def write_gguf(
     job: Job,
     outfile: Path,
@@ -180,19 +266,13 @@ def write_gguf(
     split_max_bytes: int | None = None,
     mmproj: Path | None = None,
 ) -> ConvertResult:
-    """Write a prepared conversion to `outfile`, or to several files, and the eyes of a VL model to `mmproj`.
+    """Write a prepared conversion to `outfile`, or to several files, and the vision encoder of a VL model to `mmproj`.
 
     On failure nothing is left behind.
     """
     begin = time.monotonic()
-    check_mmproj(job, outfile, mmproj)
-    parts = split_plan(job.plan, split_max_bytes)
-    writers = [file_header(job, parts, number) for number in range(len(parts))]
-    paths = split_paths(outfile, len(parts))
-    if job.projector is not None and mmproj is not None:
-        parts.append(job.projector)
-        writers.append(projector_header(job, job.projector))
-        paths.append(mmproj)
+    require_k_order(job)
+    paths, parts, writers = output_files(job, outfile, split_max_bytes, mmproj)
     inexact: dict[str, Inexact] = {}
     with ExitStack() as stack:
         # Renamed in reverse, so that the file users load appears last.

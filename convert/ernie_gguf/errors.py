@@ -1,5 +1,8 @@
 """The errors a user can meet: one line each: what was found, what was expected, what to do."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class ErnieGgufError(Exception):
     """Base of every error that the command line prints as `error: …` and exits 1 for."""
@@ -68,6 +71,25 @@ class ActivationError(ErnieGgufError):
 
 class WorkspaceError(ErnieGgufError):
     """An interrupted run cannot be resumed: its inputs differ, it is in use, or its folder is damaged."""
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. `left` says what the command has left behind, and how to go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.left = ""
+
+
+@contextmanager
+def leaving(what: str | Callable[[], str]) -> Iterator[None]:
+    """Say of a `Stopped` that passes what the block leaves behind, unless a block within has said it."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.left = stop.left or (what if isinstance(what, str) else what())
+        raise
 
 
 def one_line(error: Exception) -> str:

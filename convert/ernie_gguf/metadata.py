@@ -5,21 +5,24 @@ right for the 21B by luck; the width is `moe_intermediate_size * moe_num_shared_
 """
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_VERSION, GGUFType, LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, GGUFType, Keys, LlamaFileType
 from gguf.utility import size_label
 
 from . import rope
+from .checkpoint.chat_templates import DEFAULT
 from .checkpoint.config import ErnieConfig, MoeConfig
+from .checkpoint.k_order import KOrder
 from .checkpoint.paddle_ccq import CCQ2
 from .checkpoint.vision_config import Preprocessor
 from .checkpoint.vocab import Vocab
 from .expected import Role
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.reader import value_offset
-from .gguf_file.types import LAYOUT_KEY, LAYOUT_VERSION, MIX_KEY, GgmlType
+from .gguf_file.types import K_ORDER_KEY, LAYOUT_KEY, LAYOUT_VERSION, MIX_KEY, GgmlType
 from .plan import Plan, TensorPlan
 
 VISION_WIDTH_KEY = "{arch}.expert_vision_feed_forward_length"
@@ -112,6 +115,7 @@ def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Pr
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[plan.outtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+    write_k_order(writer, plan)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("ernie4_5vl")
     writer.add_vision_projection_dim(config.hidden)
@@ -138,12 +142,18 @@ def write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
     writer.add_token_scores(vocab.scores)
     writer.add_token_types([int(token_type) for token_type in vocab.types])
     for role, token_id in vocab.special.items():
-        getattr(writer, f"add_{role}_token_id")(token_id)
+        writer.add_uint32(getattr(Keys.Tokenizer, f"{role.upper()}_ID"), token_id)
     writer.add_add_bos_token(vocab.add_bos)
     writer.add_add_eos_token(vocab.add_eos)
     writer.add_add_space_prefix(vocab.add_space_prefix)
-    if vocab.chat_template is not None:
-        writer.add_chat_template(vocab.chat_template)
+    # Not by gguf-py's add_chat_template: it lists the names in an order that differs from run to run.
+    named = [name for name in vocab.templates if name != DEFAULT]
+    for name in named:
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), vocab.templates[name])
+    if named:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, named)
+    if DEFAULT in vocab.templates:
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, vocab.templates[DEFAULT])
 
 
 def write_layout(writer: GGUFWriter, plan: Plan) -> None:
@@ -168,6 +178,12 @@ def _file_type(plan: Plan) -> int:
     return MIX_FILE_TYPES[max(weights, key=lambda each: weights[each])]
 
 
+def write_k_order(writer: GGUFWriter, plan: Plan) -> None:
+    """Name the order of the residual stream where it is not the model's own."""
+    if plan.absorbed:
+        writer.add_string(K_ORDER_KEY, KOrder.SHUFFLED.value)
+
+
 def repacks_two_bits(plan: Plan) -> bool:
     """Whether experts of Baidu's 2-bit checkpoint are among the sources."""
     return any(part.source.storage is CCQ2 for tensor in plan.tensors for part in tensor.parts)
@@ -188,10 +204,13 @@ def write_metadata(
     plan: Plan,
     *,
     tokens: VisionTokens = VisionTokens.ALL,
+    sampling: Mapping[str, int | float] | None = None,
 ) -> None:
     """Add every key of the model's file to the writer; `name` becomes general.name."""
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
+    for setting, value in (sampling or {}).items():
+        getattr(writer, f"add_sampling_{setting}")(value)
     writer.add_size_label(_size_label(config, plan))
     writer.add_file_type(_file_type(plan))
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -200,6 +219,7 @@ def write_metadata(
         writer.add_array(MIX_KEY, [f"{tensor.name}={tensor.ggml_type.name.lower()}" for tensor in mixed(plan)])
     if repacks_two_bits(plan):
         writer.add_uint32(INEXACT_KEY, 0)  # set when all rows are written
+    write_k_order(writer, plan)
     _write_model(writer, config)
     if config.moe is not None:
         _write_moe(writer, config.moe)

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from .checkpoint.config import ErnieConfig
+from .checkpoint.k_order import KOrder
 from .checkpoint.shards import TensorHeader
 from .expected import Role
 from .gguf_file.outtype import ExpertType, FloatType, Outtype
 from .gguf_file.types import GgmlType, block_size, row_size
-from .mapping import MappedTensor, Part, map_tensors, raise_plan_errors
+from .mapping import MappedTensor, Part, TensorMap, map_tensors, raise_plan_errors
+from .reorder import absorb, is_absorbed, mixed, restore
 
 # outtype -> types of linears and of experts; Role.EXACT is f32 throughout, as in upstream
 TYPES: dict[Outtype, tuple[GgmlType, GgmlType]] = {
@@ -23,10 +25,15 @@ TYPES: dict[Outtype, tuple[GgmlType, GgmlType]] = {
 
 @dataclass(frozen=True)
 class TensorPlan(MappedTensor):
-    """A mapped tensor with its type; `note` says why that type is not the one asked for."""
+    """A mapped tensor with its type; `note` says why that type is not the one asked for.
+
+    Row i of each block of `len(row_order)` rows is the source's row `row_order[i]` of that block; columns likewise.
+    """
 
     ggml_type: GgmlType = GgmlType.F32
     note: str = ""
+    row_order: tuple[int, ...] = ()
+    column_order: tuple[int, ...] = ()
 
     @property
     def row_nbytes(self) -> int:
@@ -44,11 +51,13 @@ class Plan:
     """All of one file, in the order of writing. `outtype` is never AUTO; `dropped` pairs tensors with reasons.
 
     `label` names a mix of types, which has no outtype of its own.
+    `absorbed`: its residual stream is in the stored order of shuffled 2-bit experts (see `reorder`).
     """
 
     outtype: Outtype
     tensors: tuple[TensorPlan, ...]
     dropped: tuple[tuple[TensorHeader, str], ...]
+    absorbed: bool = False
     label: str = ""
 
     @property
@@ -97,7 +106,7 @@ def _type_of(tensor: MappedTensor, ggml_type: GgmlType, native: bool, problems: 
         )
         ggml_type = fallback
     mapped = {each.name: getattr(tensor, each.name) for each in fields(MappedTensor)}
-    return TensorPlan(**mapped, ggml_type=ggml_type, note=note)
+    return TensorPlan(**mapped, ggml_type=ggml_type, note=note, row_order=tensor.head_order)
 
 
 def retype(plan: Plan, types: Mapping[str, GgmlType]) -> Plan:
@@ -154,26 +163,26 @@ def make_plan(
     choices: Choices | None = None,
 ) -> Plan:
     """Map a checkpoint's headers to GGUF tensors and give each its type: the plan of the model's file."""
-    return make_plans(config, tensors, outtype, choices)[0]
+    return make_plans(map_tensors(config, tensors), resolve_auto(tensors), outtype, choices)[0]
 
 
 def make_plans(
-    config: ErnieConfig,
-    tensors: Mapping[str, TensorHeader],
+    mapped: TensorMap,
+    floats: Outtype,
     outtype: Outtype,
     choices: Choices | None = None,
+    k_order: KOrder = KOrder.NATURAL,
 ) -> tuple[Plan, Plan | None]:
-    """Map a checkpoint's headers to GGUF tensors and give each its type: plans of the model and, of VL, of the mmproj.
+    """Give each tensor of a mapping its type and the order of its rows: plans of the model and, of VL, of the mmproj.
 
-    `auto` keeps floats as they are stored and repacks what is quantized into the type that holds it exactly. Vision
-    experts, which no calibration sees, are q8_0 where the outtype quantizes. Raises PlanError as `map_tensors` does,
-    and for rows that do not fit their type.
+    `auto` keeps floats as they are stored (`floats`: see `resolve_auto`) and repacks what is quantized into the type
+    that holds it exactly. Vision experts, which no calibration sees, are q8_0 where the outtype quantizes. `k_order` is
+    that of 2-bit experts, never AUTO. Raises PlanError for rows that do not fit their type.
     """
     choices = choices or Choices()
-    mapped = map_tensors(config, tensors)
     auto = outtype is Outtype.AUTO
-    floats = resolve_auto(tensors) if auto else outtype
-    linear, expert = TYPES[floats]
+    named = floats if auto else outtype
+    linear, expert = TYPES[named]
     vision = choices.vision_experts or (GgmlType.Q8_0 if expert in (GgmlType.Q4_0, GgmlType.CCQ2) else expert)
     by_role = {Role.LINEAR: linear, Role.EXPERT: expert, Role.VISION_EXPERT: vision, Role.EXACT: GgmlType.F32}
     by_role[Role.PROJECTOR] = choices.projector
@@ -183,9 +192,16 @@ def make_plans(
         for t in mapped.tensors
     )
     projector = tuple(_type_of(t, by_role[t.role], False, problems) for t in mapped.projector)
+    if k_order is KOrder.SHUFFLED:
+        problems += [f"tensor {t.name}: only some of its experts are 2-bit, and shuffled" for t in planned if mixed(t)]
     raise_plan_errors(problems)
     if auto and (native := _native(tuple(part for tensor in mapped.tensors for part in tensor.parts))):
         # A file of quantized sources is named after the smallest of their types.
-        floats = Outtype(min(native, key=lambda each: row_size(each, 256)).name.lower())
-    plan = Plan(floats, planned, mapped.dropped)
-    return plan, Plan(Outtype(choices.projector.name.lower()), projector, ()) if projector else None
+        named = Outtype(min(native, key=lambda each: row_size(each, 256)).name.lower())
+    absorbed = is_absorbed(planned, k_order)
+    if k_order is KOrder.SHUFFLED:
+        move = absorb if absorbed else restore
+        planned, projector = tuple(map(move, planned)), tuple(map(move, projector))
+    plan = Plan(named, planned, mapped.dropped, absorbed)
+    eyes = Plan(Outtype(choices.projector.name.lower()), projector, (), absorbed) if projector else None
+    return plan, eyes

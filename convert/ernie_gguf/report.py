@@ -2,33 +2,30 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from .checkpoint.find_k_order import KOrderFinding
+from .checkpoint.k_order import KOrder
 from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
 from .gguf_file.types import MIX_KEY
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact
+from .units import human
 from .write import data_nbytes
 
 _LONG_LIST = 8  # metadata lists above this are shown by their length
 _LONG_TEXT = 120
-
-
-def human(nbytes: float) -> str:
-    """Decimal units, as disks and download pages use: 12.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+_NARROWEST = 9  # characters of a column whose text may go on in the next line: the longest verdict
 
 
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
@@ -112,16 +109,42 @@ def plan_json(plan: Plan, paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def k_order_json(order: KOrder, finding: KOrderFinding | None) -> dict[str, Any]:
+    """The order of K of a checkpoint's 2-bit experts: how it is read, and what their weights say."""
+    if finding is None:
+        return {}
+    return {"k_order": {"read_as": order.value, "found": finding.order.value, "sigmas": finding.sigmas}} | {
+        "k_order_signs": asdict(finding)
+    }
+
+
+def k_order_lines(order: KOrder, finding: KOrderFinding | None, absorbed: bool) -> list[Text]:
+    """The same for people; nothing where there are no 2-bit experts."""
+    if finding is None:
+        return []
+    said = order.value if order is not KOrder.AUTO else "unclear: convert needs --ccq-k-order natural or shuffled"
+    lines = [Text(f"order of K of the 2-bit experts: {said}; their weights say: {finding}")]
+    if absorbed:
+        lines.append(Text("the file keeps the channels of the residual stream in that order (docs/formats.md)"))
+    return lines
+
+
 def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
     """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
     eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
-    return plan_json(job.plan, paths) | eyes
+    small = {"notes": job.notes} | k_order_json(job.k_order, job.k_order_finding)
+    return plan_json(job.plan, paths) | small | eyes
 
 
-def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[Any]:
+def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[RenderableType]:
     """All plans of a conversion for people."""
     eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
-    return plan_table(job.plan, paths) + eyes
+    notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed) + _notes(job)
+    return plan_table(job.plan, paths, notes) + eyes
+
+
+def _notes(job: Job) -> list[Text]:
+    return [Text(f"note: {note}") for note in job.notes]
 
 
 def _origin(tensor: TensorPlan) -> str:
@@ -132,8 +155,8 @@ def _origin(tensor: TensorPlan) -> str:
     return f"{first.name} {first.dtype}" + (f" and {rest} more" if rest else "")
 
 
-def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
-    """The plan for people; `paths` are the files it will make."""
+def plan_table(plan: Plan, paths: Sequence[Path], notes: Sequence[Text] = ()) -> list[RenderableType]:
+    """The plan for people; `paths` are the files it will make, `notes` stand above the totals."""
     tensors = table(whole("tensor"), right("ne"), "type", right("size"), "from")
     for tensor in plan.tensors:
         note = f" ({tensor.note})" if tensor.note else ""
@@ -144,9 +167,10 @@ def plan_table(plan: Plan, paths: Sequence[Path]) -> list[Any]:
             human(tensor.nbytes),
             Text(_origin(tensor) + note),
         )
-    out: list[Any] = [tensors, ""]
+    out: list[RenderableType] = [tensors, ""]
     for header, reason in plan.dropped:
         out.append(Text(f"dropped: {header.name}: {reason}"))
+    out += [*notes, ""] if notes else []
     types = _plan_types(plan)
     files = f"{paths[0]} and {len(paths) - 1} more files" if len(paths) > 1 else str(paths[0])
     total = f"{files}: {len(plan.tensors)} tensors, {human(data_nbytes(plan))}, {_bpw(types):.4g} bits per weight"
@@ -191,23 +215,27 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
         "bits_per_weight": _bpw(_plan_types(plan)),
         "types": _plan_types(plan),
         "dropped": [{"name": header.name, "reason": reason} for header, reason in plan.dropped],
+        "notes": job.notes,
         "repacked": _inexact_json(result.inexact),
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
+        **k_order_json(job.k_order, job.k_order_finding),
         **eyes,
     }
 
 
-def result_text(job: Job, result: ConvertResult) -> list[Any]:
+def result_text(job: Job, result: ConvertResult) -> list[RenderableType]:
     """The summary of a conversion for people."""
     plan = job.plan
     types = _plan_types(plan)
     rate = human(result.nbytes / result.seconds)
-    lines: list[Any] = [_types_table(types), ""]
+    lines: list[RenderableType] = [_types_table(types), ""]
     if plan.dropped:
         lines.append(Text(f"dropped {len(plan.dropped)} tensors (--dry-run names them and the reasons)"))
     lines += _inexact_text(result.inexact)
+    lines += k_order_lines(job.k_order, job.k_order_finding, plan.absorbed)
     lines += [Text(tensor.name + ": " + tensor.note) for tensor in plan.tensors if tensor.note]
+    lines += _notes(job)
     model = result.paths[:-1] if job.projector else result.paths
     size = f"{human(result.nbytes)}, {_bpw(types):.4g} bits per weight"
     files = f" and {len(model) - 1} more files" if len(model) > 1 else ""
@@ -282,7 +310,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= _LONG_TEXT else f"{text[:_LONG_TEXT]}… ({len(text)} characters)"
 
 
-def file_table(file: GgufFile) -> list[Any]:
+def file_table(file: GgufFile) -> list[RenderableType]:
     """A GGUF file for people."""
     metadata = table(whole("key"), "value")
     for key, value in file.metadata.items():
@@ -301,16 +329,38 @@ def file_table(file: GgufFile) -> list[Any]:
     return [metadata, "", tensors, "", *mix, _types_table(types), "", Text(total)]
 
 
-def show(output: dict[str, Any] | list[Any]) -> None:
-    """Print JSON, or tables and lines. Piped tables are as wide as they need to be."""
+def show(output: dict[str, Any] | Sequence[RenderableType]) -> None:
+    """Print JSON, or tables and lines. Piped tables, and those for which a terminal is too narrow, have their width."""
     if isinstance(output, dict):
-        print(json.dumps(output, indent=1, ensure_ascii=False))
+        print(_json(output))
         return
-    console = Console(highlight=False)
-    if console.is_terminal:
+    console = Console(highlight=False, markup=False)
+    least = max((least_width(each) for each in output if isinstance(each, Table)), default=0)
+    if console.is_terminal and console.width >= least:
         console.print(*output, sep="\n")
         return
-    wide = Console(highlight=False, width=400)
+    wide = Console(highlight=False, markup=False, width=least if console.is_terminal else 400)
     with wide.capture() as capture:
-        wide.print(*output, sep="\n")
+        wide.print(*output, sep="\n", soft_wrap=console.is_terminal)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def least_width(shown: Table) -> int:
+    """The width below which rich would cut or drop what a table says."""
+    console = Console(width=10_000, markup=False)
+    widths = []
+    for column in shown.columns:
+        cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+        longest = max((cell.maximum for cell in cells), default=0)
+        widths.append(longest if column.no_wrap else min(longest, _NARROWEST))
+    return sum(widths) + 2 * max(0, len(widths) - 1)
+
+
+def _json(output: dict[str, Any]) -> str:
+    """JSON that stdout's encoding can hold."""
+    text = json.dumps(output, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(output, indent=1)
+    return text

@@ -7,7 +7,7 @@ The standard types get the bytes that llama.cpp's own converter writes: gguf-py 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -15,7 +15,7 @@ from gguf.quants import quantize
 
 from .arrays import F16, F32, U8, AnyArray, Bool
 from .ccq2 import rows as ccq2
-from .ccq2.encode import encode_rows
+from .ccq2.encode import D_LIMIT, encode_rows
 from .ccq2.fit import affine_codes, fit_codes
 from .ccq2.rows import ccq2_row_size
 from .checkpoint.values import CcqChannels, ChannelInts, FloatRows, Values, to_float32
@@ -66,24 +66,55 @@ def _fail(rows: F32, bad: Bool, problem: str) -> EncodeError:
     return EncodeError(row, column, f"{rows[row, column]:g} {problem}")
 
 
+# dtype -> the integers of its bits, signed and unsigned, and the first pattern that is infinity or NaN
+_BITS = {
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "F32": (np.int32, np.uint32, 0x7F800000),
+}
+
+
+def _is_finite(rows: AnyArray, dtype: str) -> bool:
+    """Whether no value is NaN or infinity, from the bits alone: two maxima run at the speed of memory."""
+    signed, unsigned, first = _BITS[dtype]
+    sign = 1 << 8 * rows.itemsize - 1
+    # As signed integers the positive values are the largest, as unsigned ones the negative values.
+    return int(rows.view(signed).max(initial=0)) < first and int(rows.view(unsigned).max(initial=0)) < sign + first
+
+
+def check_finite(rows: AnyArray, dtype: str) -> None:
+    """Raise EncodeError for NaN or infinity in rows as the checkpoint stores them."""
+    if not _is_finite(rows, dtype):
+        values = to_float32(rows, dtype)
+        raise _fail(
+            values, ~np.isfinite(values), "is not a finite number: the checkpoint is damaged; download it again"
+        )
+
+
 def to_f32(rows: F32) -> U8:
     """[rows, K] -> [rows, 4K]."""
+    check_finite(rows, "F32")
     return rows.view(np.uint8)
 
 
 def to_bf16(rows: F32) -> U8:
-    """[rows, K] -> [rows, 2K], nearest even."""
+    """[rows, K] -> [rows, 2K], nearest even; a value that would round to infinity is an error."""
+    check_finite(rows, "F32")
     out: U8 = quantize(rows, GGMLQuantizationType.BF16)
+    if not _is_finite(out.view(np.uint16), "BF16"):
+        raise _fail(
+            rows, np.isinf(to_float32(out.view(np.uint16), "BF16")), "is beyond bf16's 3.39e38; use --outtype f32"
+        )
     return out
 
 
 def to_f16(rows: F32) -> U8:
-    """[rows, K] -> [rows, 2K], nearest even; a finite value beyond f16 is an error, not an infinity."""
+    """[rows, K] -> [rows, 2K], nearest even; a value that would round to infinity is an error."""
+    check_finite(rows, "F32")
     with np.errstate(over="ignore"):
         out = rows.astype(np.float16)
-    overflow = np.isinf(out) & np.isfinite(rows)
-    if overflow.any():
-        raise _fail(rows, overflow, "is beyond f16's 65504; use --outtype bf16")
+    if not _is_finite(out, "F16"):
+        raise _fail(rows, np.isinf(out), "is beyond f16's 65504; use --outtype bf16")
     return out.view(np.uint8)
 
 
@@ -119,6 +150,7 @@ ENCODERS: dict[GgmlType, Callable[[F32], U8]] = {
 def transform_rows(rows: AnyArray, dtype: str, ggml_type: GgmlType) -> U8:
     """The bytes of `rows` in GGUF type `ggml_type`; raises EncodeError for values that it cannot hold."""
     if (dtype, ggml_type) in VERBATIM:
+        check_finite(rows, dtype)
         return rows.view(np.uint8)
     return ENCODERS[ggml_type](to_float32(rows, dtype))
 
@@ -164,6 +196,9 @@ def channels_to_ccq2(values: CcqChannels) -> tuple[U8, Inexact]:
     n, quads = values.codes.shape
     if not (finite := np.isfinite(values.super_scale)).all():
         raise EncodeError(int(np.argmin(finite)), 0, "its super scale is not finite")
+    if not (fits := np.abs(values.super_scale) <= D_LIMIT).all():
+        row = int(np.argmin(fits))
+        raise EncodeError(row, 0, f"with its super scale {values.super_scale[row]:g} weights are beyond float32")
     fit = fit_codes(values.code_scale, values.code_zp)
     out = np.zeros((n, ccq2_row_size(4 * quads)), np.uint8)
     ccq2.write_headers(out, fit.m, fit.z, values.super_scale)
@@ -185,6 +220,23 @@ def dequantize(values: Values) -> F32:
     groups = np.stack((values.scales >> 4, values.scales & 15), -1).reshape(n, -1).astype(np.float32)
     out: F32 = ((groups * values.super_scale[:, None])[..., None] * weights).reshape(n, 4 * quads)
     return out
+
+
+def with_columns(values: Values, order: tuple[int, ...]) -> Values:
+    """The columns of each block of `len(order)` in that order. Values stay what they are; 2-bit ones come as floats.
+
+    A row's integers share one scale, so they move freely. Four of Baidu's codes share a byte.
+    """
+    if isinstance(values, ChannelInts):
+        return replace(values, q=_columns_in(values.q, order))
+    if isinstance(values, FloatRows):
+        return replace(values, rows=_columns_in(values.rows, order))
+    return FloatRows(_columns_in(dequantize(values), order), "F32")
+
+
+def _columns_in(rows: AnyArray, order: tuple[int, ...]) -> AnyArray:
+    """[n, K] with the columns of each block in that order; a vector [K] is one row."""
+    return np.ascontiguousarray(rows.reshape(-1, len(order))[:, list(order)]).reshape(rows.shape)
 
 
 def encode_values(values: Values, ggml_type: GgmlType) -> tuple[U8, Inexact]:

@@ -6,7 +6,7 @@ whatever the model's size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,14 +16,13 @@ import numpy as np
 
 from .arrays import U8
 from .checkpoint.shards import ShardReader
-from .checkpoint.storage import ROWS
 from .checkpoint.values import Values
 from .errors import EncodeError
 from .files import pwrite
 from .gguf_file.types import GgmlType, padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
-from .transform import ALL_EXACT, VERBATIM, Inexact, encode_values
+from .transform import ALL_EXACT, Inexact, encode_values, with_columns
 from .workers import in_order
 
 EncodeValues = Callable[[Values, GgmlType], tuple[U8, Inexact]]
@@ -46,24 +45,17 @@ class Piece:
         return self.rows * self.tensor.row_nbytes
 
 
-def _copied(part: Part, tensor: TensorPlan) -> bool:
-    """Whether the bytes of the source are the bytes of the output."""
-    if tensor.head_order:
-        return False
-    return part.source.storage is ROWS and (part.source.dtype, tensor.ggml_type) in VERBATIM
-
-
 def _rows_at_once(part: Part, tensor: TensorPlan) -> int:
-    """Rows of a piece; whole heads where their rows are reordered."""
-    rows, head = part.source.storage.rows_at_once(part.source, _copied(part, tensor)), len(tensor.head_order)
-    return max(head, rows // head * head) if head else rows
+    """Rows of a piece; whole blocks where the rows of a block are reordered."""
+    rows, block = part.source.storage.rows_at_once(part.source), len(tensor.row_order)
+    return max(block, rows // block * block) if block else rows
 
 
-def _reordered(data: U8, head_order: tuple[int, ...]) -> U8:
-    """[rows, bytes] with the rows of each head in that order."""
-    if not head_order:
+def _reordered(data: U8, row_order: tuple[int, ...]) -> U8:
+    """[rows, bytes] with the rows of each block in that order."""
+    if not row_order:
         return data
-    return data.reshape(-1, len(head_order), data.shape[1])[:, list(head_order)].reshape(data.shape)
+    return data.reshape(-1, len(row_order), data.shape[1])[:, list(row_order)].reshape(data.shape)
 
 
 def data_nbytes(plan: Plan) -> int:
@@ -93,40 +85,23 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
                 yield piece
 
 
-def _kernel_copy(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> int:
-    """Copy inside the kernel as far as possible; returns the bytes copied.
-
-    Whatever stops it, the caller then takes the ordinary way, which names the error if there is one.
-    """
-    done = 0
-    while done < nbytes:
-        try:
-            n = os.copy_file_range(source, target, nbytes - done, source_offset + done, offset + done)
-        except OSError:
-            break
-        if n == 0:
-            break
-        done += n
-    return done
-
-
 def _write_piece(reader: ShardReader, fd: int, piece: Piece, encode: EncodeValues) -> Inexact:
     source = piece.part.source
-    if _copied(piece.part, piece.tensor):
-        begin = source.main.offset + piece.row * piece.tensor.row_nbytes
-        if _kernel_copy(reader.fd(source.main.path), begin, fd, piece.offset, piece.nbytes) == piece.nbytes:
-            return ALL_EXACT
     values = source.storage.read(reader, source, piece.row, piece.rows)
+    order = piece.tensor.column_order
+    if order:
+        values = with_columns(values, order)
     try:
         data, inexact = encode(values, piece.tensor.ggml_type)
     except EncodeError as exc:
-        raise EncodeError(piece.row + exc.row, exc.column, exc.problem, source.name) from exc
-    data = np.ascontiguousarray(_reordered(data, piece.tensor.head_order))
+        column = exc.column // len(order) * len(order) + order[exc.column % len(order)] if order else exc.column
+        raise EncodeError(piece.row + exc.row, column, exc.problem, source.name) from exc
+    data = np.ascontiguousarray(_reordered(data, piece.tensor.row_order))
     pwrite(fd, memoryview(data.data).cast("B"), piece.offset)
     return inexact
 
 
-def _write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
+def write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) -> None:
     """The tensors that no checkpoint has."""
     starts = offsets(plan, data_offset)
     for tensor in plan.tensors:
@@ -153,16 +128,29 @@ def write_tensors(
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
     os.ftruncate(fd, data_offset + data_nbytes(plan))  # the gaps of the alignment read as zeros
-    _write_computed(plan, fd, data_offset, progress)
+    write_computed(plan, fd, data_offset, progress)
+    with ShardReader() as reader:
+        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
+        wanted = ((fd, piece) for piece in pieces(plan, data_offset) if not skip(piece.tensor))
+        return write_pieces(reader, wanted, threads, progress, encode)
+
+
+def write_pieces(
+    reader: ShardReader,
+    wanted: Iterable[tuple[int, Piece]],
+    threads: int,
+    progress: Progress,
+    encode: EncodeValues = encode_values,
+) -> dict[str, Inexact]:
+    """Write pieces, each to its open file, in any order; returns what exact repacks lost, by tensor."""
     inexact: dict[str, Inexact] = {}
 
-    def written(piece: Piece) -> tuple[Piece, Inexact]:
+    def written(fd: int, piece: Piece) -> tuple[Piece, Inexact]:
         return piece, _write_piece(reader, fd, piece, encode)
 
-    with ShardReader() as reader, ThreadPoolExecutor(threads) as executor:
-        reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
-        wanted = (piece for piece in pieces(plan, data_offset) if not skip(piece.tensor))
-        with closing(in_order((partial(written, piece) for piece in wanted), executor, 2 * threads)) as results:
+    with ThreadPoolExecutor(threads) as executor:
+        calls = (partial(written, fd, piece) for fd, piece in wanted)
+        with closing(in_order(calls, executor, 2 * threads)) as results:
             for piece, found in results:
                 if found.rows:
                     inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + found

@@ -23,6 +23,8 @@ HANDLES: dict[type[ctypes.c_void_p], str] = {
     _structs.llama_memory_p: "llama_memory_t",
     _structs.llama_sampler_p: "struct llama_sampler *",
     _structs.llama_adapter_lora_p: "struct llama_adapter_lora *",
+    _structs.ggml_context_p: "struct ggml_context *",
+    _structs.ggml_tensor_p: "struct ggml_tensor *",
     _structs.ggml_backend_buffer_type_t: "ggml_backend_buffer_type_t",
     _structs.ggml_backend_dev_t: "ggml_backend_dev_t",
     _structs.ggml_backend_reg_t: "ggml_backend_reg_t",

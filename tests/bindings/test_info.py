@@ -23,8 +23,10 @@ def test_info_names_the_library_its_build_and_its_abilities(built_library: None,
     assert info.ccq2
     assert info.cuda == (llama_bin / "libggml-cuda.so").exists()
     assert info.rpc == (llama_bin / "libggml-rpc.so").exists()
+    assert info.vulkan == (llama_bin / "libggml-vulkan.so").exists()
     assert any(device.name == "CPU" for device in info.devices)
-    assert re.search(r"ccq2: yes, CUDA: (yes|no), RPC: (yes|no)\n", str(info))
+    assert all(device.ccq2 for device in info.devices)
+    assert re.search(r"ccq2: yes, CUDA: (yes|no), Vulkan: (yes|no), RPC: (yes|no)\n", str(info))
 
 
 def test_the_build_number_is_unknown_without_the_library_that_holds_it(llama_bin: Path, tmp_path: Path) -> None:

@@ -45,16 +45,19 @@ def test_the_order_is_variable_variable_package_checkout(monkeypatch: pytest.Mon
     assert _library.find()[1] == checkout
 
 
-def test_what_the_user_built_goes_before_the_package_and_cuda_first_with_a_gpu(
+def test_what_the_user_built_goes_before_the_package_and_gpus_before_the_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = library_in(tmp_path / "package" / "lib")
     cpu, cuda = (library_in(_library.data_folder() / name) for name in ("cpu", "cuda"))
     assert _library.find()[1] == cpu
+    vulkan = library_in(_library.data_folder() / "vulkan")
+    assert _library.find()[1] == vulkan
     monkeypatch.setattr(_library, "has_nvidia_device", lambda: True)
     assert _library.find()[1] == cuda
-    cuda.unlink()
-    cuda.parent.rmdir()
+    for library in (cuda, vulkan):
+        library.unlink()
+        library.parent.rmdir()
     cpu.unlink()
     assert _library.find()[1] == package
 

@@ -44,6 +44,25 @@ CASES: list[tuple[str, bool, list[OutputPart]]] = [
     ("thought without an end\n", True, [Reasoning("thought without an end")]),
     ("</think>only an answer", True, [Content("only an answer")]),
     ("<response>a <b> </response>", False, [Content("a <b>")]),
+    # </think> is forgotten
+    ("abc\n<response>\ndef\n</response>", True, [Reasoning("abc"), Content("def")]),
+    ("<response>def</response>", True, [Content("def")]),
+    (f"abc\n\n{CALL}", True, [Reasoning("abc"), WEATHER]),
+    ("a <response> is due</think>x", True, [Reasoning("a <response> is due"), Content("x")]),
+    # other forms of a call
+    *(
+        (f"<tool_call>\n{form}\n</tool_call>", False, list[OutputPart]([WEATHER]))
+        for form in (
+            '{"name": "get_weather", "parameters": {"city": "北京"}}',
+            '{"name": "get_weather", "args": {"city": "北京"}}',
+            '{"id": "1", "type": "tool", "name": "get_weather", "input": {"city": "北京"}}',
+            '{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京"}}}',
+            r'{"name": "get_weather", "arguments": "{\"city\": \"北京\"}"}',
+            '[{"name": "get_weather", "arguments": {"city": "北京"}}]',
+        )
+    ),
+    ('<tool_call>[{"name": "f"}, {"name": "g"}]</tool_call>', False, [ToolCall("f", "{}"), ToolCall("g", "{}")]),
+    ('<tool_call>{"name": "f", "x": 1}</tool_call>', False, [Content('<tool_call>{"name": "f", "x": 1}</tool_call>')]),
     # markers elsewhere are text
     ("in XML, <response>x</response> and <think>", False, [Content("in XML, <response>x</response> and <think>")]),
     ("a </think> b", False, [Content("a </think> b")]),

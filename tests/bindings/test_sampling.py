@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from ernie_llama import Llama, LlamaGrammar
-from ernie_llama._sampler import Sampling
+from ernie_llama._sampling import Sampling
 
 from .test_completion import PROMPT, PROMPTS, continued, text
 
@@ -55,7 +55,7 @@ def test_a_grammar_holds_at_any_temperature(llm: Llama) -> None:
 
 
 def test_an_invalid_grammar_is_refused(llm: Llama) -> None:
-    with pytest.raises(ValueError, match=r"llama.cpp cannot read the grammar .*, which begins 'root ::= \('"):
+    with pytest.raises(ValueError, match=r"llama.cpp cannot read the grammar, which begins 'root ::= \('"):
         llm(PROMPT, grammar=LlamaGrammar("root ::= ("))
     assert text(llm(PROMPT, max_tokens=2))
 
@@ -115,8 +115,8 @@ def test_logits_processors_run_in_order_on_the_evaluated_tokens(llm: Llama) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repeat_penalty": 0.0}, r"repeat_penalty is 0.0, expected more than 0; 1 disables it"),
-        ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a finite number"),
+        ({"repeat_penalty": 0.0}, "repeat_penalty is 0.0, expected a number from 1e-06 to 1e\\+06"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan, expected a number from"),
         ({"mirostat_mode": 3}, r"mirostat_mode is 3, expected 0 \(off\), 1 or 2"),
     ],
 )

@@ -21,9 +21,9 @@ def to_float32(x: Fraction) -> np.float32:
 
 def exact_codes(cs: np.float32, cz: np.float32) -> list[int]:
     codes = []
+    half_up = Fraction(float(cz + np.float32(0.5)))
     for b in range(256):
-        fma = to_float32(b * Fraction(float(cs)) + Fraction(float(cz)))
-        codes.append(floor(fma + np.float32(0.5)))
+        codes.append(floor(to_float32(b * Fraction(float(cs)) + half_up)))
     return codes
 
 
@@ -32,13 +32,21 @@ def integer_codes(m: np.uint32, z: np.uint32) -> npt.NDArray[np.uint32]:
 
 
 def test_a_channel_by_hand() -> None:
-    # cs = 120.5, cz = 1000.25: c(0) = 1000, c(1) = floor(1120.75 + .5) = 1121, c(255) = floor(31727.75 + .5) = 31728
+    # cs = 120.5, cz = 1000.25: c(0) = floor(1000.75), c(1) = floor(120.5 + 1000.75), c(255) = floor(30727.5 + 1000.75)
     cs, cz = np.array([120.5], np.float32), np.array([1000.25], np.float32)
     codes = affine_codes(cs, cz)[0]
     assert [int(codes[b]) for b in (0, 1, 2, 255)] == [1000, 1121, 1241, 31728]
     fit = fit_codes(cs, cz)
     assert (fit.m[0], fit.missed[0]) == (120.5 * 2**17, 0)
     assert integer_codes(fit.m[0], fit.z[0]).tolist() == codes.tolist()
+
+
+def test_where_the_half_is_added_decides() -> None:
+    # The engine adds it to cz, before the fma. Added to the fma's result it changes one code in some 10^7, by one.
+    cs, cz = (np.array([float.fromhex(x)], np.float32) for x in ("0x1.a572b8p+6", "0x1.ff820ep+8"))
+    assert affine_codes(cs, cz)[0, 232] == 24956
+    fma = to_float32(232 * Fraction(float(cs[0])) + Fraction(float(cz[0])))
+    assert floor(fma + np.float32(0.5)) == 24955
 
 
 # Halves, sums that need more than 53 bits, and double rounding: 1 + 2^-24 + 2^-60 must go up, not to even.

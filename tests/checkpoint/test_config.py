@@ -18,7 +18,7 @@ def test_the_example() -> None:
     assert (found.arch, found.layers, found.hidden, found.vocab, found.context) == ("ernie4_5-moe", 3, 256, 4096, 4096)
     assert (found.heads, found.kv_heads, found.head_dim, found.ffn_width) == (4, 2, 64, 768)
     assert (found.rope_theta, found.rms_eps, found.tied) == (500000.0, 1e-05, True)
-    assert (found.bos, found.eos, found.pad) == (1, 2, 0)
+    assert (found.bos, found.eos, found.pad) == (1, (2,), 0)
     assert found.moe == MoeConfig(experts=8, used=2, width=256, shared=1, first_layer=1, has_bias=True)
     assert [found.is_moe_layer(i) for i in range(3)] == [False, True, True]
 
@@ -86,6 +86,8 @@ def test_rope(rope: dict[str, Any]) -> None:
         ({"head_dim": None, "hidden_size": 255}, "head_dim: expected an integer: hidden_size 255 is not a multiple"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: expected a finite number above 0, found 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number above 0, found nan"),
+        ({"rope_theta": 1e39}, "rope_theta: expected a finite number above 0, found 1e+39"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a finite number above 0, found 1000"),
         ({"rope_theta": None}, "rope_theta: expected a finite number above 0, found None"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
@@ -95,7 +97,15 @@ def test_rope(rope: dict[str, Any]) -> None:
         ({"use_bias": True}, "use_bias: expected false: llama.cpp's ERNIE graphs have no biases, found True"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, found 1"),
-        ({"bos_token_id": 4096}, "bos_token_id: expected an integer from 0 to 4095, found 4096"),
+        (
+            {"bos_token_id": 4096},
+            "bos_token_id: expected an integer from 0 to 4095, a list of such, or -1 for none, found",
+        ),
+        (
+            {"eos_token_id": [2, "4"]},
+            "eos_token_id: expected an integer from 0 to 4095, a list of such, or -1 for none",
+        ),
+        ({"eos_token_id": True}, "eos_token_id: expected an integer from 0 to 4095, a list of such, or -1 for none"),
         (
             {"moe_num_experts": [64, 64]},
             "moe_num_experts is a list ([64, 64]): expected one value; --text-only takes",
@@ -124,6 +134,7 @@ def test_absent_key() -> None:
 
 
 def test_file_errors(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"config.json is missing; expected a Hugging Face checkpoint folder$"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")

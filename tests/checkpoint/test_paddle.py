@@ -156,15 +156,6 @@ def test_shapes_of_per_channel_vectors(two_bits: tuple[Path, Quantized], tmp_pat
     assert data(found) == data(want)
 
 
-def test_absent_super_scales_mean_one(tmp_path: Path) -> None:
-    spec = replace(TWO_BITS, layers=2, experts=2, shards=1)
-    made = make_two_bits(tmp_path / "source", spec, int4_end=0, supers=False)
-    file = convert(tmp_path / "source", tmp_path / "out.gguf")
-    tensor = next(tensor for tensor in file.tensors if tensor.name == "blk.1.ffn_down_exps.weight")
-    assert np.array_equal(dequantized(file, tensor), meant(made, spec, tensor.name))
-    assert np.abs(dequantized(file, tensor)).max() > 100
-
-
 @pytest.mark.parametrize("outtype", ["f32", "bf16"])
 def test_two_bits_to_floats(two_bits: tuple[Path, Quantized], tmp_path: Path, outtype: str) -> None:
     source, made = two_bits
@@ -184,7 +175,7 @@ def test_pieces_and_threads_do_not_matter(
 
     convert(two_bits[0], tmp_path / "a.gguf", threads=1)
     monkeypatch.setattr(storage, "COLUMN_BYTES", 10_000)
-    monkeypatch.setattr(storage, "TRANSFORM_BYTES", 10_000)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(ccq_paddle, "_PIECE_BYTES", 5_000)
     monkeypatch.setattr(paddle_int, "_PIECE_BYTES", 5_000)
     convert(two_bits[0], tmp_path / "b.gguf", threads=4)
@@ -237,6 +228,7 @@ def test_the_fixture_plans() -> None:
     ("tensors", "message"),
     [
         (without(f"{CCQ}.code_zp"), f"tensor {CCQ}.code_zp is missing: {CCQ}.quant_weight is ccq wint2 and needs it"),
+        (without(f"{CCQ}.super_scales"), f"tensor {CCQ}.super_scales is missing: .* is ccq wint2 and needs it"),
         (without(f"{CCQ}.quant_weight"), f"tensor {CCQ}.weight_scale: its quant_weight is missing"),
         (without(f"{INT8_NAME}.weight_scale"), f"tensor {INT8_NAME}.weight_scale is missing: "),
         (

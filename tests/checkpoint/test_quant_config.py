@@ -87,7 +87,10 @@ W4, W2 = ("moe_quant_config", "moe_w4_quant_config"), ("moe_quant_config", "moe_
         ("wint8", ": expected an object or null, found str"),
         ({}, ": expected quantization, or dense_quant_type and moe_quant_type, found []"),
         ({"quantization": 4}, ": quantization: expected a string, found 4"),
-        ({"quant_method": "gptq"}, ": quant_method: expected none: this spelling is not Paddle's and not known"),
+        (
+            {"quant_method": "gptq"},
+            ": quantized with GPTQ, which is not read: quantizing again would add to its errors; convert the BF16",
+        ),
         ({"quantization": "int3"}, ": moe_quant_type: unknown type 'int3', expected one of bf16, wint8, "),
         ({"quantization": "wint8", "is_quantized": "yes"}, ": is_quantized: expected True or False, found 'yes'"),
         (

@@ -67,8 +67,9 @@ def test_the_example_agrees_with_sentencepiece() -> None:
         assert (found.types[i] is C) == (reference.is_control(i) or text.startswith("<|"))
     assert found.special == {"bos": 1, "eos": 2, "pad": 0, "unk": 0, "eot": 4}
     assert (found.add_bos, found.add_eos, found.add_space_prefix) == (True, False, False)
-    assert isinstance(found.chat_template, str)
-    assert found.chat_template.startswith("{{ '<|begin_of_sentence|>' }}")
+    assert found.templates.keys() == {"default"}
+    assert found.templates["default"].startswith("{{ '<|begin_of_sentence|>' }}")
+    assert found.notes == []
 
 
 def test_pieces_and_padding(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_defaults_without_tokenizer_config(tmp_path: Path) -> None:
     assert found.special == {"eos": 2, "pad": 0, "eot": 3}
     assert (found.add_bos, found.add_eos) == (False, False)
     assert found.add_space_prefix  # SentencePiece's default for add_dummy_prefix
-    assert found.chat_template is None
+    assert found.templates == {}
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -109,33 +110,15 @@ def test_added_tokens(tmp_path: Path) -> None:
     assert found.scores[6:] == [-1000.0] * 4
 
 
-def test_special_ids_by_name(tmp_path: Path) -> None:
-    names = {"unk_token": "<unk>", "eos_token": "<s>", "sep_token": {"content": "</s>"}, "mask_token": "<absent>"}
-    found = vocab(tmp_path, tokenizer_config=names)
-    assert found.special == {"bos": 1, "eos": 2, "pad": 0, "unk": 0, "sep": 2, "eot": 3}  # config.json's eos counts
-
-
 def test_flags(tmp_path: Path) -> None:
     found = vocab(tmp_path, tokenizer_config={"add_bos_token": True, "add_eos_token": True})
     assert (found.add_bos, found.add_eos) == (True, True)
-
-
-def test_chat_template(tmp_path: Path) -> None:
-    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
-    assert vocab(tmp_path, tokenizer_config={"chat_template": named}).chat_template == named
-    (tmp_path / "chat_template.jinja").write_text("from the file: é")
-    assert vocab(tmp_path, tokenizer_config={"chat_template": "x"}).chat_template == "from the file: é"
 
 
 @pytest.mark.parametrize(
     ("tokenizer_config", "expected"),
     [
         ({"add_bos_token": 1}, "^tokenizer_config.json: add_bos_token: expected true or false, found 1$"),
-        (
-            {"chat_template": 5},
-            "^tokenizer_config.json: chat_template: expected a string or a list of name and template",
-        ),
-        ({"chat_template": [{"name": "x"}]}, "^tokenizer_config.json: chat_template: expected a string or a list"),
         ({"added_tokens_decoder": []}, "^tokenizer_config.json: added_tokens_decoder: expected an object, found"),
         (
             {"added_tokens_decoder": {"7": 3}},

@@ -13,7 +13,7 @@ from pathlib import Path
 import ernie_llama
 import pytest
 from ernie_gguf.engine import build as steps
-from ernie_gguf.engine import install, recipe, tools
+from ernie_gguf.engine import install, recipe, tools, vulkan
 from support.command_line import Command, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +203,60 @@ def test_cuda_newer_than_the_driver_is_named(path: Path, ernie_gguf: Command) ->
 def test_cuda_without_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ernie_gguf: Command) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert "error: nvcc not found; " in ernie_gguf("build", "--cuda").err
+
+
+@pytest.mark.usefixtures("_tools")
+def test_what_vulkan_needs_is_named_with_the_command(path: Path, ernie_gguf: Command) -> None:
+    program(path, "apt-get", "")
+    (path / "c++").write_text("#!/bin/sh\nexit 1\n")
+    assert ernie_gguf("build", "--vulkan").err == (
+        "error: glslc and vulkan.hpp and spirv.hpp and libvulkan not found; "
+        "apt-get install glslc libvulkan-dev spirv-headers\n"
+    )
+
+
+GLSLC = """\
+#!/bin/sh
+case "$*" in
+    --version) echo "shaderc 2023.2" ;;
+    *coopmat2.comp | *integer_dot.comp) echo "error: extension not supported: GL_X" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.usefixtures("_any_library_loads")
+def test_a_build_with_vulkan_says_what_the_shader_compiler_lacks(
+    source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ernie_gguf: Command
+) -> None:
+    program(tmp_path / "bin", "glslc", "")
+    (tmp_path / "bin" / "glslc").write_text(GLSLC)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(vulkan, "missing_headers", lambda _: [])
+    done = ernie_gguf("build", "--vulkan", "--llama-cpp", source)
+    assert (done.code, done.out) == (0, f"{data / 'vulkan'}\n"), done.err
+    (note,) = [line for line in done.err.splitlines() if "shaderc 2023.2" in line]
+    assert f"{vulkan.FEATURES['integer_dot']}; for {vulkan.FEATURES['coopmat2']}. " in note
+    assert vulkan.FEATURES["coopmat"] not in note
+    assert "-DGGML_VULKAN=ON" in json.loads((data / "vulkan" / "build.json").read_text())["options"]
+    (tmp_path / "bin" / "glslc").write_text("#!/bin/sh\n")
+    assert "too old" not in ernie_gguf("build", "--vulkan", "--llama-cpp", source).err
+
+
+def test_headers_are_looked_for_with_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an SDK whose folder VULKAN_SDK names; the other header and the loader are missing."""
+    (tmp_path / "include" / "vulkan").mkdir(parents=True)
+    (tmp_path / "include" / "vulkan" / "vulkan.hpp").write_text("")
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-lvulkan*) exit 1 ;; esac\nexec c++ -nostdinc "$@"\n')
+    compiler.chmod(0o755)
+    assert vulkan.missing_headers(str(compiler)) == ["spirv.hpp", "libvulkan"]
+
+
+def test_cuda_and_vulkan_are_two_builds(ernie_gguf: Command) -> None:
+    done = ernie_gguf("build", "--cuda", "--vulkan")
+    assert done.code == 2
+    assert "two builds" in done.err
 
 
 @pytest.mark.usefixtures("_tools")

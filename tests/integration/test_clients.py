@@ -1,6 +1,7 @@
 """Third-party programs for llama-cpp-python, unmodified, on `ernie_llama`: completion, chat, stream, schema.
 
-They come with the extra `clients`; llm-gguf needs `pip install --no-deps llm-gguf`, as it depends on llama-cpp-python.
+They come with the extra `clients`; llm-gguf needs `pip install httpx; pip install --no-deps llm-gguf`, as it depends on
+llama-cpp-python.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_llama import Llama
+from reference.specimens import VL_TINY
 from support import png
 from support.checkpoints import Spec
 from support.servers import accepts, free_port, running
@@ -66,8 +67,16 @@ def test_pictures(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path / 'noise.png'}  What is written here?  ")
 
 
-def test_demo(tiny_ccq2_gguf: Path) -> None:
-    assert tiny_ccq2_gguf.name in example("demo.py", tiny_ccq2_gguf).stdout
+def test_demo(tmp_path: Path) -> None:
+    """What `make demo` shows, in one type."""
+    model, image = tmp_path / "ccq2.gguf", VL_TINY / "pictures" / "17-AOIDO-yellow.png"
+    write_gguf(prepare(VL_TINY, Outtype.CCQ2), model, 1, False, lambda _: None, mmproj=tmp_path / "ccq2.mmproj")
+    lines = example("demo.py", model, image).stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["What", "is", "written", "here?", "ccq2.gguf"],
+        [f"{model.stat().st_size / 1e6:.1f}", "MB"],
+        [image.name, "AOIDO"],
+    ]
 
 
 def test_completion(tiny_ccq2_gguf: Path) -> None:

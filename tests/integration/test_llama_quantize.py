@@ -120,7 +120,7 @@ def test_dry_run_states_the_size(quantize: Quantize, tiny_bf16_gguf: Path) -> No
 
 
 def test_dry_run_of_deepseek_v3(quantize: Quantize) -> None:
-    """671 billion weights, of which the file holds none: README's figure."""
+    """671 billion weights, of which the file holds none: the figure of docs/convert.md."""
     source = synthetic.write_deepseek_v3(quantize.folder / "deepseek-v3.gguf")
     done = quantize.run("--dry-run", source, "CCQ2")
     assert done.returncode == 0, done.stdout + done.stderr

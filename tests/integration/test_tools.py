@@ -181,7 +181,7 @@ def test_llama_quantize_copies(llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: 
 def test_llama_quantize_shrinks_the_rest_and_keeps_the_experts(
     llama_bin: Path, tiny_ccq2_gguf: Path, tmp_path: Path
 ) -> None:
-    """The command of the README, on the example."""
+    """The command of docs/convert.md, on the example."""
     small = tmp_path / "small.gguf"
     keep = ("--tensor-type", "_exps=ccq2", "--tensor-type", "attn=q5_K")
     run(llama_bin, "llama-quantize", "--allow-requantize", *keep, tiny_ccq2_gguf, small, "q5_K")

@@ -130,7 +130,7 @@ def test_a_vision_model_keeps_its_eyes(quantize: Quantize, tmp_path: Path) -> No
     assert quantize(source, text, "--text-only").code == 0
     done = quantize(source, out, "--mmproj", str(eyes))
     assert done.code == 0
-    assert "the experts for pictures become q8_0: a text cannot calibrate them" in done.err
+    assert "the vision experts become q8_0: a text cannot calibrate them" in done.err
     alone, both = read_gguf(text), read_gguf(out)
     experts = {t.name: alone.rows(t).tobytes() for t in alone.tensors if "_exps." in t.name}
     assert experts == {t.name: both.rows(t).tobytes() for t in both.tensors if "_exps." in t.name}
@@ -249,9 +249,10 @@ def test_texts_that_it_refuses(
     assert snapshot(tmp_path) == before
 
 
-NAN, INF = float("nan"), float("inf")
+NAN, INF, HUGE = float("nan"), float("inf"), 3e38
 EXPERT = "model.layers.1.mlp.experts.2"
 NO_PLACE = "does not fit ccq2, which holds finite values only"
+DAMAGED = "is not a finite number: the checkpoint is damaged; download it again"
 NOT_FINITE = (
     "not finite for the calibration text; the checkpoint's weights up to there are damaged, or overflow float32"
 )
@@ -286,24 +287,31 @@ NOT_FINITE = (
             "tensor model.layers.1.self_attn.o_proj.weight: row 1, column 1: nan does not fit q8_0, "
             "which holds finite values up to 8.3e6",
         ),
-        ("model.layers.0.input_layernorm.weight", 0, NAN, f"layer 0: the output of attention is {NOT_FINITE}"),
+        (
+            "model.layers.0.input_layernorm.weight",
+            0,
+            NAN,
+            f"tensor model.layers.0.input_layernorm.weight: row 0, column 0: nan {DAMAGED}",
+        ),
+        ("model.layers.0.input_layernorm.weight", 0, HUGE, f"layer 0: the output of attention is {NOT_FINITE}"),
         (
             "model.layers.2.post_attention_layernorm.weight",
             9,
-            INF,
+            HUGE,
             f"layer 2: the output of attention is {NOT_FINITE}",
         ),
         (
             "model.layers.1.mlp.gate.weight",
             5,
-            NAN,
+            HUGE,
             f"layer 1: the router's weights for the experts are {NOT_FINITE}",
         ),
         (
             "model.layers.1.mlp.moe_statics.e_score_correction_bias",
             2,
             NAN,
-            "tensor blk.1.exp_probs_b.bias: row 0, column 2: nan ranks no expert",
+            "tensor model.layers.1.mlp.moe_statics.e_score_correction_bias: row 0, column 2: "  # it ranks no expert
+            f"nan {DAMAGED}",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+from ernie_gguf.checkpoint.k_order import KOrder
 from ernie_gguf.convert import ConvertResult, prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
@@ -19,9 +20,13 @@ def convert_with_result(
     text_only: bool = False,
     threads: int = 2,
     split_max_bytes: int | None = None,
+    k_order: str = "natural",
 ) -> tuple[GgufFile, ConvertResult]:
-    """Convert a checkpoint; returns what is in the new file, and what `write_gguf` says of it."""
-    job = prepare(source, Outtype(outtype), text_only)
+    """Convert a checkpoint; returns what is in the new file, and what `write_gguf` says of it.
+
+    Random weights do not tell an order of K, so it is natural unless a test says otherwise.
+    """
+    job = prepare(source, Outtype(outtype), text_only, k_order=KOrder(k_order))
     result = write_gguf(job, outfile, threads, False, lambda _: None, split_max_bytes=split_max_bytes)
     assert result.nbytes == sum(path.stat().st_size for path in result.paths)
     return read_gguf(result.paths[0]), result
@@ -35,10 +40,11 @@ def convert(
     text_only: bool = False,
     threads: int = 2,
     split_max_bytes: int | None = None,
+    k_order: str = "natural",
 ) -> GgufFile:
     """Convert a checkpoint; returns what is in the new file, or in all of them."""
     file, _ = convert_with_result(
-        source, outfile, outtype, text_only=text_only, threads=threads, split_max_bytes=split_max_bytes
+        source, outfile, outtype, text_only=text_only, threads=threads, split_max_bytes=split_max_bytes, k_order=k_order
     )
     return file
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -128,10 +128,15 @@ def add_int(
     top = 127 if bits == 8 else 7
     q = rng.integers(-top, top + 1, (n, k)).astype(np.int8)
     scale = bf16_values(rng.uniform(0.5, 1.5, n) / (0.58 * top * np.sqrt(k)))
+    store_ints(out, name, q, scale, bits=bits, scale_shape=scale_shape)
+
+
+def store_ints(out: Quantized, name: str, q: I8, scale: F32, *, bits: int, scale_shape: str = "n") -> None:
+    """Integers q [N, K] with a scale per channel [N], as Paddle packs them."""
     packed = _permuted(pack_int8, q, 2, 8) if bits == 8 else _permuted(pack_int4, q, 4, 4)
     module = paddle_name(name).removesuffix("weight")
     out.tensors[module + "quant_weight"] = _i8(packed)
-    out.tensors[module + "weight_scale"] = store(scale.reshape(SHAPES[scale_shape](n)), "BF16")
+    out.tensors[module + "weight_scale"] = store(scale.reshape(SHAPES[scale_shape](len(q))), "BF16")
     out.weights[name] = q.astype(np.float32) * scale[:, None]
 
 
@@ -142,19 +147,27 @@ SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
 }
 
 
-def ccq_weights(codes: U8, group_scales: U8, d: F32, cs: F32, cz: F32) -> F32:
-    """Baidu's formula on [N, K/4] codes and [N, K/64] group scales, float32 [N, K]."""
-    fma = (codes.astype(np.float64) * cs.astype(np.float64)[:, None] + cz.astype(np.float64)[:, None]).astype(
-        np.float32
-    )
-    c = np.floor(fma + np.float32(0.5)).astype(np.int64)
+class CcqRows(NamedTuple):
+    """Rows of Baidu's 2-bit code: codes [N, K/4], group scales [N, K/64], and a value per row of d, cs and cz."""
+
+    codes: U8
+    group_scales: U8
+    d: F32
+    cs: F32
+    cz: F32
+
+
+def ccq_weights(rows: CcqRows) -> F32:
+    """Baidu's formula, as its fused kernel has it: float32 [N, K] in stored order."""
+    codes, group_scales, d, cs, cz = rows
+    addend = (cz + np.float32(0.5)).astype(np.float64)[:, None]
+    fma = (codes.astype(np.float64) * cs.astype(np.float64)[:, None] + addend).astype(np.float32)
+    c = np.floor(fma).astype(np.int64)
     v = np.stack([((c >> shift) & 63) - 32 for shift in (9, 6, 3, 0)], -1).reshape(len(codes), -1).astype(np.float32)
     return np.repeat(group_scales.astype(np.float32) * d[:, None], 64, axis=1) * v
 
 
-def add_ccq(
-    out: Quantized, spec: Spec, name: str, shape: tuple[int, int], *, scale_shape: str = "n", supers: bool = True
-) -> None:
+def add_ccq(out: Quantized, spec: Spec, name: str, shape: tuple[int, int], *, scale_shape: str = "n") -> None:
     """A random matrix of Baidu's 2-bit code; affine maps as they come, so a few rows may miss a code."""
     n, k = shape
     rng = rng_of(spec, name)
@@ -162,19 +175,27 @@ def add_ccq(
     group_scales = rng.integers(5, 16, (n, k // 64), dtype=np.uint8)
     cs = rng.uniform(100, 128, n).astype(np.float32)
     cz = rng.uniform(0, 2000, n).astype(np.float32)
-    d = bf16_values(rng.uniform(0.5, 1.5, n) / (18.5 * 10 * np.sqrt(k))) if supers else np.ones(n, np.float32)
-    module, vector = paddle_name(name).removesuffix("weight"), SHAPES[scale_shape](n)
+    d = bf16_values(rng.uniform(0.5, 1.5, n) / (18.5 * 10 * np.sqrt(k)))
+    rows = CcqRows(codes, group_scales, d, cs, cz)
+    store_ccq(out, name, rows, vector=SHAPES[scale_shape](n), d_dtype="BF16")
+    out.weights[name] = ccq_weights(rows)
+
+
+def store_ccq(
+    out: Quantized, name: str, rows: CcqRows, *, vector: tuple[int, ...] = (-1,), d_dtype: str = "F32"
+) -> None:
+    """Rows as Baidu's files hold them; vectors have the shape `vector`."""
+    codes, group_scales, d, cs, cz = rows
+    module = paddle_name(name).removesuffix("weight")
     out.tensors[module + "quant_weight"] = _i8(np.ascontiguousarray(codes.T))
     packed = np.ascontiguousarray((group_scales[:, 0::2] << 4 | group_scales[:, 1::2]).T)
     out.tensors[module + "weight_scale"] = Stored("U8", packed.shape, packed.tobytes())
-    if supers:
-        out.tensors[module + "super_scales"] = store(d.reshape(vector), "BF16")
+    out.tensors[module + "super_scales"] = store(d.reshape(vector), d_dtype)
     out.tensors[module + "code_scale"] = store(cs.reshape(vector), "F32")
     out.tensors[module + "code_zp"] = store(cz.reshape(vector), "F32")
-    out.weights[name] = ccq_weights(codes, group_scales, d, cs, cz)
 
 
-def quantized(spec: Spec, storage_of: Callable[[str], str], scale_shape: str = "n", supers: bool = True) -> Quantized:
+def quantized(spec: Spec, storage_of: Callable[[str], str], scale_shape: str = "n") -> Quantized:
     """A checkpoint whose linears are stored as `storage_of(canonical name)` says: bf16, wint8, wint4 or wint2."""
     out = Quantized()
     for name, w in weights(replace(spec, fused=True)).items():
@@ -183,7 +204,7 @@ def quantized(spec: Spec, storage_of: Callable[[str], str], scale_shape: str = "
             bits = 8 if storage == "wint8" else 4
             add_int(out, spec, name, (w.shape[0], w.shape[1]), bits=bits, scale_shape=scale_shape)
         elif storage == "wint2":
-            add_ccq(out, spec, name, (w.shape[0], w.shape[1]), scale_shape=scale_shape, supers=supers)
+            add_ccq(out, spec, name, (w.shape[0], w.shape[1]), scale_shape=scale_shape)
         else:
             dtype = "F32" if name.endswith(EXACT) else "BF16"
             out.tensors[paddle_name(name)] = store(np.ascontiguousarray(w.T) if LINEAR.search(name) else w, dtype)
@@ -212,11 +233,9 @@ TWO_BITS = Spec(layers=4, heads=6, expert_width=256, experts=8, shared=0, tied=F
 INT4_END = 1
 
 
-def make_two_bits(
-    folder: Path, spec: Spec = TWO_BITS, int4_end: int = INT4_END, scale_shape: str = "n", supers: bool = True
-) -> Quantized:
+def make_two_bits(folder: Path, spec: Spec = TWO_BITS, int4_end: int = INT4_END, scale_shape: str = "n") -> Quantized:
     """Write a 2Bits-Paddle checkpoint into `folder`."""
-    made = quantized(spec, two_bits_storage(int4_end), scale_shape, supers)
+    made = quantized(spec, two_bits_storage(int4_end), scale_shape)
     write_checkpoint(folder, two_bits_config(spec, int4_end), made.tensors, spec.shards)
     return made
 

@@ -1,11 +1,14 @@
 """Servers on loopback that live as long as a test needs them."""
 
 import contextlib
+import http.client
+import json
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SECONDS = 60
 
@@ -41,3 +44,16 @@ def running(command: Sequence[str | Path], log: Path, ready: Callable[[], bool])
     finally:
         process.kill()
         process.wait()
+
+
+def connect(port: int) -> http.client.HTTPConnection:
+    """A connection to a server on loopback."""
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+
+
+def post(connection: http.client.HTTPConnection, path: str, body: Any) -> tuple[int, bytes]:  # noqa: ANN401
+    """Status and body of the answer to `body`, which is JSON, or text that is sent as it is."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    connection.request("POST", path, text, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read()

@@ -172,7 +172,7 @@ def unmapped(tmp_path: Path) -> tuple[Path, Path]:
     missing = np.arange(256, dtype=np.uint32)
     fit = fit_codes(np.array([cs]), np.array([cz]))
     b = missing.astype(np.float64)
-    exact = np.floor((b * cs + cz).astype(np.float32) + np.float32(0.5)).astype(np.int64) % 2**15
+    exact = np.floor((b * cs + (cz + np.float32(0.5))).astype(np.float32)).astype(np.int64) % 2**15
     (bad,) = np.flatnonzero((missing * fit.m[0] + fit.z[0]) >> np.uint32(17) != exact)[:1]
     codes[::2, 9] = bad
     made.tensors[module + "quant_weight"] = replace(made.tensors[module + "quant_weight"], data=codes.tobytes())

@@ -1,6 +1,6 @@
 """Baidu's affine code map in float32 -> the integer map of ccq2, exactly (docs/formats.md).
 
-Baidu decodes a code byte as `c = floor(fma(b, cs, cz) + 0.5)` in float32, of which the low 15 bits count; ccq2 as
+Baidu decodes a code byte as `c = floor(fma(b, cs, cz + 0.5))` in float32, of which the low 15 bits count; ccq2 as
 `(b*M + Z) mod 2^32 >> 17`. For given M the Z that reproduce c lie in an interval; M is searched around cs * 2^17.
 """
 
@@ -38,16 +38,16 @@ def affine_codes(cs: F32, cz: F32) -> I32:
     rounding that follows the right one.
     """
     product = _BYTES * cs.astype(np.float64)[:, None]
-    addend = cz.astype(np.float64)[:, None]
+    half_up = cz + np.float32(0.5)  # rounded to float32, as the engine's
+    addend = half_up.astype(np.float64)[:, None]
     total = product + addend
     # The sum's lowest bit is that of a term, its highest below twice the larger term: 53 bits hold it or not.
-    lowest = np.minimum(np.spacing(np.abs(cs)), np.spacing(np.abs(cz))).astype(np.float64)
-    largest = np.maximum(255.0 * np.abs(cs), np.abs(cz)).astype(np.float64)
-    far = ~((cs == 0) | (cz == 0) | (2 * largest < lowest * 2.0**53))
+    lowest = np.minimum(np.spacing(np.abs(cs)), np.spacing(np.abs(half_up))).astype(np.float64)
+    largest = np.maximum(255.0 * np.abs(cs), np.abs(half_up)).astype(np.float64)
+    far = ~((cs == 0) | (half_up == 0) | (2 * largest < lowest * 2.0**53))
     if far.any():
         total[far] = _round_to_odd(product[far], addend[far], total[far])
     fma = total.astype(np.float32)
-    fma += np.float32(0.5)
     return np.floor(fma, out=fma).astype(np.int32)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ArchitectureError, ConfigError
 from .json_object import JsonObject, read_object, shown
 from .quant_config import QuantConfig, parse_quant_config
+from .source import why_no_checkpoint
 from .vision_config import VisionConfig, merged_values, parse_vision, text_values, vision_experts
 
 # Hugging Face architecture -> GGUF architecture
@@ -61,7 +62,7 @@ class ErnieConfig:
     tied: bool
     moe: MoeConfig | None
     bos: int | None
-    eos: int | None
+    eos: tuple[int, ...]  # every token that ends a text
     pad: int | None
     quant: QuantConfig | None = None  # None: floats throughout
     vision_experts: int | None = None  # of a VL checkpoint read as text: experts per layer to leave out
@@ -77,8 +78,17 @@ class ErnieConfig:
         return self.moe is not None and layer >= self.moe.first_layer
 
 
-def _optional_id(config: JsonObject, key: str, vocab: int) -> int | None:
-    return config.integer(key, 0, vocab - 1) if key in config else None
+def token_ids(config: JsonObject, key: str, vocab: int) -> tuple[int, ...]:
+    """The ids that a key names: one, or a list of them. A negative id means none, as in older configurations."""
+    value = config.values.get(key)
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(each) is not int or each >= vocab for each in found):
+        raise config.error(key, f"an integer from 0 to {vocab - 1}, a list of such, or -1 for none")
+    return tuple(dict.fromkeys(each for each in found if each >= 0))
+
+
+def _first_id(config: JsonObject, key: str, vocab: int) -> int | None:
+    return next(iter(token_ids(config, key, vocab)), None)
 
 
 def _architecture(config: JsonObject) -> str:
@@ -89,7 +99,8 @@ def _architecture(config: JsonObject) -> str:
         return ARCHITECTURES["Ernie4_5_MoeForCausalLM"]
     if names[0] not in ARCHITECTURES:
         raise ArchitectureError(
-            f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}"
+            f"{config.where}: unknown architecture {shown(names[0])}, expected one of {', '.join(ARCHITECTURES)}; "
+            "llama.cpp's own convert_hf_to_gguf.py converts other models"
         )
     return ARCHITECTURES[names[0]]
 
@@ -129,6 +140,12 @@ def _moe(config: JsonObject, layers: int) -> MoeConfig:
         first_layer=config.integer("moe_layer_start_index", 0, layers - 1),
         has_bias=config.boolean("moe_use_aux_free", default=True),
     )
+
+
+def _quantization(config: JsonObject) -> object:
+    """`quantization_config`, or what MLX writes in its place."""
+    mlx = config.values.get("quantization")
+    return config.values.get("quantization_config") or (mlx if isinstance(mlx, dict) else None)
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json", text_only: bool = False) -> ErnieConfig:
@@ -174,10 +191,10 @@ def parse_config(values: dict[str, Any], where: str = "config.json", text_only: 
         rms_eps=config.number("rms_norm_eps"),
         tied=config.boolean("tie_word_embeddings", default=True),
         moe=_moe(config, layers) if arch == ARCHITECTURES["Ernie4_5_MoeForCausalLM"] else None,
-        bos=_optional_id(config, "bos_token_id", vocab),
-        eos=_optional_id(config, "eos_token_id", vocab),
-        pad=_optional_id(config, "pad_token_id", vocab),
-        quant=parse_quant_config(values.get("quantization_config"), layers, where),
+        bos=_first_id(config, "bos_token_id", vocab),
+        eos=token_ids(config, "eos_token_id", vocab),
+        pad=_first_id(config, "pad_token_id", vocab),
+        quant=parse_quant_config(_quantization(config), layers, where),
         vision_experts=vision_experts(whole, where, MAX_EXPERTS) if is_vl and text_only else None,
         vision=parse_vision(whole, where, head_dim, vocab) if is_vl and not text_only else None,
     )
@@ -187,5 +204,6 @@ def read_config(folder: Path, text_only: bool = False) -> ErnieConfig:
     """Read and check config.json of a checkpoint folder."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder}: config.json is missing; expected a Hugging Face checkpoint folder")
+        why = why_no_checkpoint(folder) or "expected a Hugging Face checkpoint folder"
+        raise ConfigError(f"{folder}: config.json is missing; {why}")
     return parse_config(read_object(path, ConfigError), text_only=text_only)

@@ -1,15 +1,16 @@
 """The checkpoint's JSON files: read whole, and read key by key, with errors that name file and key."""
 
 import json
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ErnieGgufError
+from ..recognise import refuse_other_files
 
 # The largest index of the family (300B) is 2 MB; a tokenizer.json of 100,000 tokens is 8 MB.
 MAX_JSON_BYTES = 100 << 20
 _SHOWN = 120
+F32_MAX = 3.4028234e38
 
 
 def shown(value: object) -> str:
@@ -53,7 +54,11 @@ def read_object(path: Path, error: type[ErnieGgufError]) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as exc:
         raise error(f"{path}: {exc.strerror}") from exc
-    return parse_object(text, path.name, error)
+    try:
+        return parse_object(text, path.name, error)
+    except ErnieGgufError:
+        refuse_other_files(path, text, error, "JSON")
+        raise
 
 
 class JsonObject:
@@ -94,9 +99,9 @@ class JsonObject:
         return value
 
     def number(self, key: str) -> float:
-        """A finite number above 0."""
+        """A finite number above 0, in float32 too: GGUF's metadata hold no other."""
         value = self.get(key)
-        if type(value) not in (int, float) or not isfinite(value) or not value > 0:
+        if type(value) not in (int, float) or not 0 < value <= F32_MAX:
             raise self.error(key, "a finite number above 0")
         return float(value)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import PlanError
-from .config import ErnieConfig
+from .config import MAX_EXPERTS, ErnieConfig
 from .quantized import STORAGES
 from .shards import TensorHeader
 from .storage import COLUMNS, PER_MODALITY, ROWS, Source, Storage
@@ -38,6 +38,8 @@ _LINEAR = re.compile(
 )
 _TOWER = re.compile(r"(?:model\.|ernie\.)?(?:vision_model|vision_tower)\.(.*)")
 _QUANTIZED = re.compile(r"(.*)\.(quant_weight|weight_scale|super_scales|code_scale|code_zp)$")
+# Experts of a layer in one tensor [experts, rows, K], as transformers 5 holds them: gate's rows above up's in each.
+_FUSED = re.compile(r"((?:model|ernie)\.layers\.\d+\.mlp\.experts)\.(gate_up|up_gate|gate|up|down)_proj(?:\.weight)?")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r".*\.mlp\.experts\.(\d+)\.")
 
@@ -78,11 +80,16 @@ def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
     """Sources by canonical name. Raises PlanError for names that contradict each other or config.json."""
     out = Names()
     kept: dict[str, TensorHeader] = {}
-    for name, header in tensors.items():
+    for name, header in _each_expert(tensors).items():
         if (reason := _reason_to_drop(name, config)) is not None:
             out.dropped.append((header, reason))
         else:
             kept[name] = header
+    if inner := next((name for name in kept if ".text_moe." in name), None):
+        raise PlanError(
+            f"tensor {inner}: a name of transformers' own modules; save the model with save_pretrained, which writes "
+            "the published names"
+        )
     paddle = any(name.startswith("ernie.") for name in kept)
     if paddle and (other := next((name for name in kept if name.startswith("model.")), None)):
         raise PlanError(f"tensor {other}: a -PT name among Paddle names (ernie.…): two checkpoints in one folder?")
@@ -106,8 +113,32 @@ def collect(tensors: Mapping[str, TensorHeader], config: ErnieConfig) -> Names:
     return out
 
 
+def _each_expert(tensors: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """The tensors, those of all experts of a layer cut into one each, in place; a part's header is called NAME[e]."""
+    out: dict[str, TensorHeader] = {}
+    for name, header in tensors.items():
+        fused = _FUSED.fullmatch(name)
+        if fused is None:
+            out[name] = header
+            continue
+        if len(header.shape) != 3:
+            raise PlanError(f"tensor {name}: shape {list(header.shape)}, expected [experts, rows, columns]")
+        experts, *shape = header.shape
+        part = fused[2].replace("gate_up", "up_gate")
+        for e in range(min(experts, MAX_EXPERTS)):
+            size = header.nbytes // experts
+            each = replace(
+                header, name=f"{name}[{e}]", shape=tuple(shape), offset=header.offset + e * size, nbytes=size
+            )
+            if (single := f"{fused[1]}.{e}.{part}_proj.weight") in tensors or single in out:
+                raise PlanError(f"tensor {name}: holds expert {e}, which {single} holds too; one of them is stale")
+            out[single] = each
+    return out
+
+
 def _canonical(name: str, config: ErnieConfig) -> str:
     """The name in Baidu's -PT files."""
+    name = name.replace(".mlp.gate.moe_statics.", ".mlp.moe_statics.")  # as transformers' modules are nested
     if config.vision is not None and (tower := _TOWER.fullmatch(name)):
         return f"vision_model.{tower[1]}"
     return "model." + name.removeprefix("ernie.") if name.startswith("ernie.") else name

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arrays import F32, U8
 from .shards import ShardReader
-from .storage import FLOATS, Field, Source, Storage, columns_at_once, read_vector, vector_field
+from .storage import Field, Source, Storage, columns_at_once, read_vector, vector_field
 from .values import CcqChannels, Values, transposed
 
 _PIECE_BYTES = 8 << 20  # of code bytes
@@ -25,12 +25,12 @@ class _Ccq2(Storage):
         return {
             "quant_weight": Field(((k // 4, n),), ("I8", "U8")),
             "weight_scale": Field(((k // 128, n),), ("U8", "I8")),
-            "super_scales": vector_field(n, FLOATS, optional=True),
+            "super_scales": vector_field(n),
             "code_scale": vector_field(n, ("F32",)),
             "code_zp": vector_field(n, ("F32",)),
         }
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
+    def rows_at_once(self, source: Source) -> int:
         return columns_at_once(source.main, _PIECE_BYTES)
 
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
@@ -41,10 +41,8 @@ class _Ccq2(Storage):
         def vector(field: str) -> F32:
             return read_vector(reader, source.tensors[field], row, rows)
 
-        super_scale = vector("super_scales") if "super_scales" in source.tensors else np.ones(rows, np.float32)
-        return CcqChannels(
-            columns("quant_weight"), columns("weight_scale"), super_scale, vector("code_scale"), vector("code_zp")
-        )
+        vectors = (vector(name) for name in ("super_scales", "code_scale", "code_zp"))
+        return CcqChannels(columns("quant_weight"), columns("weight_scale"), *vectors)
 
 
 CCQ2: Storage = _Ccq2()

@@ -45,7 +45,7 @@ class _BlockFp8(Storage):
             "weight_scale": Field((blocks,), ("F32", "BF16")),
         }
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
+    def rows_at_once(self, source: Source) -> int:
         return columns_at_once(source.main, _PIECE_BYTES)
 
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:

@@ -55,7 +55,7 @@ class _ChannelInt(Storage):
         packed = (n * self.bits // 8, k)
         return {"quant_weight": Field((packed,), ("I8", "U8")), "weight_scale": vector_field(n, FLOATS)}
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
+    def rows_at_once(self, source: Source) -> int:
         k = source.main.shape[-1]
         return max(1, _PIECE_BYTES // k // self.row_multiple) * self.row_multiple
 

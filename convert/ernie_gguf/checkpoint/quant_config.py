@@ -15,16 +15,19 @@ EXPERT_TYPES = ("bf16", *STORAGES)
 DENSE_TYPES = tuple(name for name in EXPERT_TYPES if name != "wint2")
 _SPELLINGS = {"weight_only_int8": "wint8", "weight_only_int4": "wint4", "w4w2": "wint2"}
 
-# Why the others cannot be read: something about them is not public.
+# quant_method -> how people call it
+_OTHERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8 of transformers", "hqq": "HQQ"}
+
+# Why the others cannot be read: what the engine does to them on the way is not done here.
 UNREADABLE = {
-    "tensor_wise_fp8": "its activations pass a Hadamard transform in the engine, so the stored weights are rotated, "
-    "and the size of the transform's blocks is not in the checkpoint; use the -Paddle or -PT repository",
-    "wfp8afp8": "the layout of its per-channel FP8 weights is not documented; use the -Paddle or -PT repository",
+    "tensor_wise_fp8": "its activations pass a Hadamard transform over blocks of 32 in the engine, so the stored "
+    "weights are rotated; use the -Paddle or -PT repository",
+    "wfp8afp8": "the layout of its per-channel FP8 weights is not supported; use the -Paddle or -PT repository",
     "w4a8": "its int4 weights are ordered for the engine's W4A8 kernels, and down_proj is rotated by a Hadamard "
-    "transform; neither is documented; use the -2Bits-Paddle, -Paddle or -PT repository",
-    "w4afp8": "its int4 weights are ordered for the engine's W4AFP8 kernels, which is not documented; "
+    "transform; neither is supported; use the -2Bits-Paddle, -Paddle or -PT repository",
+    "w4afp8": "its int4 weights are ordered for the engine's W4AFP8 kernels, which is not supported; "
     "use the -Paddle or -PT repository",
-    "w8a8": "its smoothing of activations is not documented; use the -Paddle or -PT repository",
+    "w8a8": "its smoothing of activations is not supported; use the -Paddle or -PT repository",
 }
 
 
@@ -104,6 +107,13 @@ def _mixed_experts(config: JsonObject, moe: JsonObject | None, layers: int) -> i
     return end
 
 
+def _other_method(config: JsonObject) -> str | None:
+    """The name of a quantization that is not Paddle's."""
+    if (method := config.values.get("quant_method")) is not None:
+        return str(_OTHERS.get(method, method) if isinstance(method, str) else shown(method))
+    return "MLX" if {"bits", "group_size"} <= config.values.keys() else None
+
+
 def parse_quant_config(values: object, layers: int, where: str = "config.json") -> QuantConfig | None:
     """The quantization, or None where nothing is quantized. Raises ConfigError that says why it cannot be read."""
     if values is None:
@@ -118,8 +128,11 @@ def parse_quant_config(values: object, layers: int, where: str = "config.json") 
     if values.get("is_quantized") is False or (values.get("kv_cache_quant_type") is not None and not weights_too):
         return None  # weights as they were trained, to be quantized by the engine when it loads them
     method = _type(config, "quantization")
-    if method is None and config.values.get("quant_method") is not None:
-        raise config.error("quant_method", "none: this spelling is not Paddle's and not known")
+    if method is None and (other := _other_method(config)) is not None:
+        raise ConfigError(
+            f"{where}: quantized with {other}, which is not read: quantizing again would add to its errors; convert "
+            "the BF16 repository that it was made of (-PT or -Paddle)"
+        )
     moe = config.child("moe_quant_config")
     dense = _agree(
         config,

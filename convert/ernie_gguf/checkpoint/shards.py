@@ -19,7 +19,9 @@ import numpy as np
 
 from ..arrays import AnyArray
 from ..errors import CheckpointError
+from ..recognise import HEAD_BYTES, refuse_other_files
 from .json_object import parse_object, read_object, shown
+from .source import why_no_checkpoint
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -99,7 +101,8 @@ def read_header(path: Path) -> list[TensorHeader]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{path.name}: truncated: {file_bytes} bytes, a safetensors file has at least 8")
             (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8) or header_bytes == 0:
+                refuse_other_files(path, prefix + file.read(HEAD_BYTES), CheckpointError, "a safetensors file")
                 raise CheckpointError(
                     f"{path.name}: header of {header_bytes} bytes does not fit a file of {file_bytes} bytes "
                     f"(limit {MAX_HEADER_BYTES}): truncated, or no safetensors file"
@@ -140,7 +143,8 @@ def _unindexed_shards(folder: Path) -> list[Path]:
     """All shards of a folder without index; their names say how many there must be."""
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if not shards:
-        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; is it a checkpoint folder?")
+        why = why_no_checkpoint(folder) or "is it a checkpoint folder?"
+        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; {why}")
     counts = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.safetensors$", path.name))}
     if counts != {len(shards)}:
         raise CheckpointError(
@@ -183,6 +187,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder with config.json")
     if (single := folder / SINGLE_NAME).is_file():
+        stale_weights(folder)
         return _collect([single])
     if not (index_path := folder / INDEX_NAME).is_file():
         return _collect(_unindexed_shards(folder))
@@ -195,6 +200,27 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     tensors = _collect(shards)
     _match_index(index, tensors)
     return tensors
+
+
+def stale_weights(folder: Path) -> list[str]:
+    """What a user should know where there are two sets of weights, of which `read_headers` takes the first.
+
+    Raises CheckpointError if they do not even hold the same tensors.
+    """
+    others = sorted(folder.glob("model-*-of-*.safetensors"))
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if not single.is_file() or not others:
+        return []
+    names = _read_index(index).keys() if index.is_file() else _collect(others).keys()
+    found = _collect([single]).keys()
+    if found != names:
+        raise CheckpointError(
+            f"{folder}: two sets of weights: {SINGLE_NAME} ({len(found)} tensors) and {len(others)} shards "
+            f"({len(names)} tensors); one is stale: remove it"
+        )
+    return [
+        f"{SINGLE_NAME} was read, as by transformers, and {len(others)} shards beside it were not; remove what is stale"
+    ]
 
 
 class ShardReader:
@@ -211,18 +237,15 @@ class ShardReader:
             os.close(fd)
         self._files.clear()
 
-    def open(self, paths: Iterable[Path]) -> None:
-        """Open the shards that later reads will use."""
+    def open(self, paths: Iterable[Path], folder: Path | None = None) -> None:
+        """Open the shards that later reads will use; with `folder` the files of their names in it."""
         for path in paths:
             if path not in self._files:
+                place = folder / path.name if folder else path
                 try:
-                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[path] = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as exc:
-                    raise CheckpointError(f"{path}: {exc.strerror}") from exc
-
-    def fd(self, path: Path) -> int:
-        """The descriptor of an opened shard."""
-        return self._files[path]
+                    raise CheckpointError(f"{place}: {exc.strerror}") from exc
 
     def read_rows(self, tensor: TensorHeader, row: int, rows: int) -> AnyArray:
         """Rows `row` … `row + rows` of a tensor seen as [rows, K]; bfloat16 comes as its bits in uint16."""

@@ -17,8 +17,7 @@ from .values import FloatRows, Values, to_float32, transposed
 FLOATS = ("BF16", "F16", "F32")
 Shape = tuple[int, ...]
 
-COPY_BYTES = 16 << 20  # source bytes of a piece that is copied as it is
-TRANSFORM_BYTES = 2 << 20  # of one that is widened and encoded: temporaries are several times as large
+PIECE_BYTES = 2 << 20  # source bytes of a piece: it stays in the cache while it is checked and encoded
 COLUMN_BYTES = 16 << 20  # of columns of a transposed matrix: fewer would mean reads of a few bytes
 
 
@@ -28,12 +27,11 @@ class Field:
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
-    optional: bool = False
 
 
-def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS, optional: bool = False) -> Field:
+def vector_field(n: int, dtypes: tuple[str, ...] = FLOATS) -> Field:
     """A value per output channel: [N], [1, N] and [N, 1] all occur."""
-    return Field(((n,), (1, n), (n, 1)), dtypes, optional)
+    return Field(((n,), (1, n), (n, 1)), dtypes)
 
 
 # dtype of floats -> ggml types that hold them exactly
@@ -73,8 +71,8 @@ class Storage(ABC):
         return self
 
     @abstractmethod
-    def rows_at_once(self, source: "Source", copied: bool) -> int:
-        """Rows to read at once so that memory stays bounded; `copied` if the bytes pass unchanged."""
+    def rows_at_once(self, source: "Source") -> int:
+        """Rows to read at once so that memory stays bounded."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,6 @@ def problem_of(source: Source, shape: Shape) -> str | None:
     for name, field in fields.items():
         header = source.tensors.get(name)
         if header is None:
-            if field.optional:
-                continue
             missing = source.name.removesuffix(storage.main) + name
             return f"tensor {missing} is missing: {source.name} is {storage.name} and needs it"
         if header.shape not in field.shapes:
@@ -161,8 +157,8 @@ class _Rows(Storage):
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
         return FloatRows(reader.read_rows(source.main, row, rows), source.dtype)
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
-        return max(1, (COPY_BYTES if copied else TRANSFORM_BYTES) // source.main.row_nbytes)
+    def rows_at_once(self, source: Source) -> int:
+        return max(1, PIECE_BYTES // source.main.row_nbytes)
 
 
 class _Columns(Storage):
@@ -176,7 +172,7 @@ class _Columns(Storage):
     def read(self, reader: ShardReader, source: Source, row: int, rows: int) -> Values:
         return FloatRows(transposed(reader.read_columns(source.main, row, rows)), source.dtype)
 
-    def rows_at_once(self, source: Source, copied: bool) -> int:
+    def rows_at_once(self, source: Source) -> int:
         return columns_at_once(source.main, COLUMN_BYTES)
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError
+from ..recognise import refuse_other_files
+from .chat_templates import read_templates
 from .config import ErnieConfig
 from .json_object import read_object, shown
 from .sentencepiece_model import PieceType, parse_model
+from .special_tokens import TOKENIZER_CONFIG, special_ids
 
 TOKENIZER = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-END_OF_TURN = "<|end_of_sentence|>"  # closes a turn of ERNIE's chat template
 
 ADDED_SCORE = -1000.0  # as upstream scores added tokens and padding
 PAD_SCORE = -10000.0
@@ -20,16 +21,21 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclass
 class Vocab:
-    """Tokens by id with their scores, types and settings. `chat_template` may be a list of {name, template}."""
+    """Tokens by id with their scores, types and settings.
+
+    `special` are ids by role: bos, eos, unk, sep, pad, mask, eot, eom, fim_pad. `templates` are chat templates by name,
+    mostly just `default`. `notes` say what a user should know about the files that all this comes from.
+    """
 
     tokens: list[str]
     scores: list[float]
     types: list[PieceType]
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, sep, pad, mask, eot -> id
+    special: dict[str, int] = field(default_factory=dict)
     add_bos: bool = False
     add_eos: bool = False
     add_space_prefix: bool = False
-    chat_template: str | list[dict[str, str]] | None = None
+    templates: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def _looks_special(token: str) -> bool:
@@ -53,8 +59,14 @@ def _base_vocab(folder: Path, size: int) -> Vocab:
     """The pieces of tokenizer.model, padded with unused tokens to `size`."""
     path = folder / TOKENIZER
     if not path.is_file():
-        raise TokenizerError(f"{folder}: {TOKENIZER} is missing; ERNIE checkpoints ship it, copy it here")
-    model = parse_model(path.read_bytes(), TOKENIZER)
+        beside = "; tokenizer.json alone does not do" if (folder / "tokenizer.json").is_file() else ""
+        raise TokenizerError(f"{folder}: {TOKENIZER} is missing; ERNIE checkpoints ship it, copy it here{beside}")
+    data = path.read_bytes()
+    try:
+        model = parse_model(data, TOKENIZER)
+    except TokenizerError:
+        refuse_other_files(path, data, TokenizerError, "a SentencePiece model")
+        raise
     if len(model.pieces) > size:
         raise TokenizerError(f"{TOKENIZER}: {len(model.pieces)} pieces, but vocab_size in config.json is {size}")
     vocab = Vocab(
@@ -104,40 +116,6 @@ def _reject_repeats(vocab: Vocab) -> None:
             )
 
 
-def _special_ids(vocab: Vocab, config: ErnieConfig, tokenizer_config: dict[str, Any]) -> dict[str, int]:
-    """Ids by role: config.json's bos, eos and pad, then tokenizer_config.json's names of tokens for the rest."""
-    by_text = {token: i for i, token in reversed(list(enumerate(vocab.tokens)))}
-    given = {"bos": config.bos, "eos": config.eos, "pad": config.pad}
-    out = {role: token_id for role, token_id in given.items() if token_id is not None}
-    for role in ("bos", "eos", "unk", "sep", "pad", "mask"):
-        token = tokenizer_config.get(f"{role}_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str) and token in by_text:
-            out.setdefault(role, by_text[token])
-    if END_OF_TURN in by_text:
-        # llama.cpp ends generation at eos and eot; it does not know ERNIE's end of turn by its text.
-        out["eot"] = by_text[END_OF_TURN]
-    return out
-
-
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """chat_template.jinja wins over tokenizer_config.json, as in transformers."""
-    if (path := folder / "chat_template.jinja").is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except ValueError as exc:
-            raise TokenizerError(f"{path.name}: not UTF-8: {exc}") from exc
-    template = tokenizer_config.get("chat_template")
-    named = isinstance(template, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
-        for entry in template
-    )
-    if template is not None and not isinstance(template, str) and not named:
-        raise TokenizerError(f"{TOKENIZER_CONFIG}: chat_template: expected a string or a list of name and template")
-    return template
-
-
 def _flag(tokenizer_config: dict[str, Any], key: str, default: bool) -> bool:
     value = tokenizer_config.get(key)
     if value is None:
@@ -157,10 +135,11 @@ def read_vocab(folder: Path, config: ErnieConfig) -> Vocab:
         raise TokenizerError(f"{folder / TOKENIZER}: {exc.strerror}") from exc
     _add_tokens(vocab, folder, tokenizer_config)
     _reject_repeats(vocab)
-    vocab.special = _special_ids(vocab, config, tokenizer_config)
+    vocab.special, vocab.notes = special_ids(folder, config, vocab.tokens, tokenizer_config)
     # llama.cpp's default for SentencePiece is true; ERNIE's tokenizer adds none unless it says so.
     vocab.add_bos = _flag(tokenizer_config, "add_bos_token", default=False)
     vocab.add_eos = _flag(tokenizer_config, "add_eos_token", default=False)
     vocab.add_space_prefix = _flag(tokenizer_config, "add_prefix_space", default=vocab.add_space_prefix)
-    vocab.chat_template = _chat_template(folder, tokenizer_config)
+    vocab.templates, notes = read_templates(folder, tokenizer_config, is_vl=config.vision is not None)
+    vocab.notes += notes
     return vocab

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import tools
+from . import tools, vulkan
 from .page import provide_page
 from .process import BuildError, run
-from .recipe import Job, digest, patch_dir
+from .recipe import Flavour, Job, digest, patch_dir
 
 # Called with a step's name, and with its progress where that is known: steps done, steps in all.
 Report = Callable[[str, int, int], None]
@@ -33,6 +33,9 @@ def build(job: Job, report: Report) -> None:
     tools.check(job)
     with locked(job.folder):
         prepare_tree(job, report)
+        if job.flavour is Flavour.VULKAN:
+            for note in vulkan.notes(str(tools.find("glslc")), job.tree):
+                sys.stderr.write(f"note: {note}\n")
         has_page = job.page and provide_page(job, report)
         configure(job, report, has_page)
         compile_targets(job, report)
@@ -80,6 +83,8 @@ def configure(job: Job, report: Report, has_page: bool) -> None:
     command += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *job.options(has_page)]
     if nvcc := tools.find("nvcc"):
         command.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    if job.flavour is Flavour.VULKAN:
+        command.append(f"-DVulkan_GLSLC_EXECUTABLE={tools.find('glslc')}")
     stamp, wanted = job.build / ".configured", "\n".join(command)
     if (job.build / "build.ninja").exists() and stamp.is_file() and stamp.read_text() == wanted:
         return

@@ -20,6 +20,9 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         list[str] | None, typer.Argument(metavar="[-- ARGS]...", help="More options for CMake: -- -DGGML_NATIVE=OFF")
     ] = None,
     cuda: Annotated[bool, typer.Option("--cuda", help="For NVIDIA GPUs as well; needs the CUDA toolkit.")] = False,
+    vulkan: Annotated[
+        bool, typer.Option("--vulkan", help="For GPUs with Vulkan (Radeon, Arc, GeForce) as well; needs glslc.")
+    ] = False,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -27,7 +30,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Compilers that run at once.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel compile jobs.")] = os.cpu_count() or 1,
     llama_cpp: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A llama.cpp checkout instead of the pinned one.", show_default=False),
@@ -48,6 +51,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         bool, typer.Option("--sources-only", help="Stop when the patched sources are there.")
     ] = False,
     portable: Annotated[bool, typer.Option("--portable", hidden=True)] = False,
+    backend_only: Annotated[bool, typer.Option("--backend-only", hidden=True)] = False,
 ) -> None:
     """Build the patched llama.cpp for this machine and install it for this user."""
     from ernie_llama import data_folder
@@ -63,14 +67,17 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         size = steps.remove(data.parent) if data.parent.is_dir() else 0
         typer.echo(f"removed {data.parent}: {size / 1e6:.0f} MB")
         return
+    if cuda and vulkan:
+        raise typer.BadParameter("--cuda and --vulkan are two builds: run the command once with each")
     job = Job(
         folder=(folder or data / "build").absolute(),
-        flavour=Flavour.PORTABLE if portable else Flavour.CUDA if cuda else Flavour.CPU,
+        flavour=(Flavour.PORTABLE if portable else Flavour.CUDA if cuda else Flavour.VULKAN if vulkan else Flavour.CPU),
         jobs=jobs,
         source=llama_cpp,
         architectures=arch or ("native" if driver_version() else CUDA_ARCHITECTURES),
         cmake_args=tuple(cmake_args or ()),
         tests=folder is not None and not portable,
+        backend_only=backend_only,
         page=page,
     )
     with _reporting() as report:

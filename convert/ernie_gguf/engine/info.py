@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from .memory import Model, Plan, Question
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 def info(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A GGUF file; of a split one the first.")
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A GGUF file, of a split one the first; or a checkpoint, a folder or a name: which type of it fits.",
+        ),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -27,10 +32,13 @@ def info(
     kv: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 (as `serve` has it) or q4_0.")] = "q8_0",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the llama.cpp in use; for FILE, what it needs and whether it fits."""
+    """Show the llama.cpp in use; for FILE, what it needs and whether it fits; for a checkpoint, which type does."""
     from ..gguf_file.reader import read_gguf
+    from ..hub.names import is_checkpoint
+    from ..hub.source import opened
     from ..report import show
     from .memory import KV_BLOCKS, OWN_CARDS, Model, Question, fit, read_sizes, stand_ins
+    from .types import types_json, types_text, weigh
 
     if file is None:
         show(_library() if as_json else _library_text(_library()))
@@ -41,9 +49,16 @@ def info(
         raise typer.BadParameter(f"{gpus!r}, expected sizes in GiB such as 24,24", param_hint="--gpus") from error
     if kv not in KV_BLOCKS:
         raise typer.BadParameter(f"{kv!r}, expected one of {', '.join(KV_BLOCKS)}", param_hint="--kv")
-    model = Model(read_gguf(file))
     question = Question(ctx, kv, cards or _own_cards())
-    with stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS) as planned:
+    planning = stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS)
+    if is_checkpoint(file):
+        with opened(file) as place, planning as planned:
+            found = weigh(place.folder, question, planned)
+        label = str(place.name or place.folder)
+        show(types_json(label, question, found) if as_json else types_text(label, question, found))
+        return
+    model = Model(read_gguf(file))
+    with planning as planned:
         plans = fit(model, question, planned)
     show(_plans_json(model, question, plans) if as_json else _plans_text(model, question, plans))
 
@@ -70,13 +85,20 @@ def _library() -> dict[str, Any]:
         notes.append("it was built from other patches than this package has: run `ernie-gguf build`")
     if not found.ccq2:
         notes.append("it does not read ccq2: it is not the patched llama.cpp; run `ernie-gguf build`")
-    if not found.cuda and (driver := driver_version()):
+    if not found.cuda and not found.vulkan and (driver := driver_version()):
         notes.append(
             f"there is an NVIDIA GPU (its driver supports CUDA {driver[0]}.{driver[1]}), but this library is built "
             "without CUDA: run `ernie-gguf build --cuda`"
         )
     elif found.cuda and not ernie_llama.has_nvidia_device():
         notes.append("it is built with CUDA, but the NVIDIA driver is missing or sees no GPU")
+    if found.vulkan and not any(device.name.startswith("Vulkan") for device in found.devices):
+        notes.append("it is built with Vulkan, but no driver offers a GPU: install one, such as mesa-vulkan-drivers")
+    notes += [
+        f"{device.name} does not compute ccq2: the CPU would do that"
+        for device in found.devices
+        if found.ccq2 and not device.ccq2
+    ]
     memory = {each.name: each for each in ernie_llama.device_memory()}
     devices = [
         {**asdict(device), "free": memory[device.name].free, "total": memory[device.name].total}
@@ -85,22 +107,24 @@ def _library() -> dict[str, Any]:
     return {**asdict(found), "path": str(found.path), "devices": devices, "built": built, "notes": notes}
 
 
-def _library_text(found: dict[str, Any]) -> list[Any]:
+def _library_text(found: dict[str, Any]) -> list[RenderableType]:
     from ..report import right, table
 
     has = {True: "yes", False: "no"}
-    devices = table("device", "description", right("memory"), right("free"))
+    devices = table("device", "description", right("memory"), right("free"), "ccq2")
     for device in found["devices"]:
-        devices.add_row(device["name"], device["description"], *(_gib(device[key]) for key in ("total", "free")))
+        sizes = [_gib(device[key]) for key in ("total", "free")]
+        devices.add_row(device["name"], device["description"], *sizes, has[device["ccq2"]])
     built = found["built"]
     return [
         f"{found['path']} ({found['origin']})",
         f"llama.cpp {found['version']} (build {found['build_number']}), ggml {found['ggml_version']}",
         *([f"built from {built['llama_cpp']} with {built['compiler']}", built["options"]] if built else []),
-        f"ccq2: {has[found['ccq2']]}, CUDA: {has[found['cuda']]}, RPC: {has[found['rpc']]}",
+        f"ccq2: {has[found['ccq2']]}, CUDA: {has[found['cuda']]}, Vulkan: {has[found['vulkan']]}, "
+        f"RPC: {has[found['rpc']]}",
         found["system_info"],
         "",
-        table,
+        devices,
         *(f"note: {note}" for note in found["notes"]),
     ]
 
@@ -127,12 +151,12 @@ def _kv_per_1k(model: Model) -> dict[str, int]:
     return {kv: model.n_layers * model.kv_bytes(1024, kv) for kv in ("f16", "q8_0")}
 
 
-def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[Any]:
+def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[RenderableType]:
     weights = model.input + sum(model.experts) + sum(model.rest) - (model.input if model.tied else 0)
     kv = ", ".join(f"{size / 2**20:.1f} MiB as {name}" for name, size in _kv_per_1k(model).items())
-    lines: list[Any] = [
+    lines: list[RenderableType] = [
         f"{model.path}: weights {_gib(weights)}; KV cache per 1K tokens {kv}",
-        f"context of {question.n_ctx} tokens, KV cache {question.kv}",
+        f"context of {question.n_ctx} tokens, KV cache {question.kv}; sizes in GiB",
     ]
     for plan in plans:
         lines += ["", f"llama-server {plan.options}" if question.cards else "on the CPU", _table(plan), _verdict(plan)]
@@ -160,7 +184,7 @@ def _verdict(plan: Plan) -> str:
     cpu, free = plan.needs[-1].bytes, main_memory()
     short = [need.device for need in plan.needs if not need.fits]
     if short:
-        return f"GiB. It does not fit: {', '.join(short)} would keep less than {_gib(MARGIN)} for driver and kernels."
+        return f"Does not fit: {', '.join(short)} would have less than {_gib(MARGIN)} left for the driver and kernels."
     if cpu > free:
-        return f"GiB. This machine has {_gib(free)} of main memory available, and the CPU's part takes {_gib(cpu)}."
-    return "GiB. It fits."
+        return f"This machine has {_gib(free)} of main memory available, and the CPU's part takes {_gib(cpu)}."
+    return "Fits."

@@ -34,7 +34,7 @@ def manifest(job: Job) -> dict[str, str]:
 
 
 def install(job: Job, folder: Path) -> Path:
-    """Copy the build to `folder` as `cpu` or `cuda`, in one step; returns that path.
+    """Copy the build to `folder` as `cpu`, `cuda` or `vulkan`, in one step; returns that path.
 
     What was installed before stays in use until the new build has loaded once.
 

@@ -30,12 +30,14 @@ class Flavour(str, Enum):
 
     CPU = "cpu"  # this machine's CPU
     CUDA = "cuda"  # this machine's CPU, and NVIDIA GPUs
+    VULKAN = "vulkan"  # this machine's CPU, and every GPU with Vulkan 1.2
     PORTABLE = "portable"  # every x86-64 CPU, for the wheel: its instruction sets are found when it starts
 
 
 FLAVOUR_OPTIONS = {
     Flavour.CPU: (),
     Flavour.CUDA: ("-DGGML_CUDA=ON",),
+    Flavour.VULKAN: ("-DGGML_VULKAN=ON", "-DGGML_BACKEND_DL=ON"),  # so that it starts without a driver, too
     Flavour.PORTABLE: (
         "-DGGML_NATIVE=OFF",
         "-DGGML_BACKEND_DL=ON",
@@ -55,6 +57,7 @@ class Job:
         architectures: of the GPUs, as CMake names them: "86" or "80;86".
         cmake_args: what the user adds to CMake's options.
         tests: whether to build `TESTS` as well.
+        backend_only: whether to build nothing but what the flavour adds, for programs of another build to load.
         page: whether to build the page that llama-server shows in a browser, if npm is installed.
     """
 
@@ -65,6 +68,7 @@ class Job:
     architectures: str = CUDA_ARCHITECTURES
     cmake_args: tuple[str, ...] = ()
     tests: bool = False
+    backend_only: bool = False
     page: bool = True
 
     @property
@@ -85,6 +89,8 @@ class Job:
     @property
     def targets(self) -> tuple[str, ...]:
         """What ninja is asked to make."""
+        if self.backend_only:
+            return (f"ggml-{self.flavour.value}",)
         return ("llama", *PROGRAMS, *(TESTS if self.tests else ()))
 
     def options(self, has_page: bool) -> tuple[str, ...]:
@@ -101,10 +107,10 @@ def patch_dir() -> Path:
 
 
 def digest(folder: Path) -> str:
-    """A sha256 over names and contents of the files in `folder`, without what Python leaves there."""
+    """A sha256 over names and contents of the files in `folder`, without pages and what Python leaves there."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
             total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
             total.update(path.read_bytes())
     return total.hexdigest()

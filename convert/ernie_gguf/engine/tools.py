@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ..errors import ErnieGgufError
 from ..files import free_bytes
+from . import vulkan
 from .recipe import Flavour, Job
 
-CMAKE_LEAST = (3, 18)  # for CMAKE_CUDA_ARCHITECTURES, and to compress the page
+# For CMAKE_CUDA_ARCHITECTURES, and to compress the page; ggml-vulkan says 3.19 itself.
+CMAKE_LEAST = {Flavour.CPU: (3, 18), Flavour.PORTABLE: (3, 18), Flavour.CUDA: (3, 18), Flavour.VULKAN: (3, 19)}
 # Tool: its package for each package manager.
 PACKAGES = {
     "c++": {"apt-get": "g++", "dnf": "gcc-c++", "pacman": "gcc"},
@@ -22,10 +24,14 @@ PACKAGES = {
     "ninja": {"apt-get": "ninja-build", "dnf": "ninja-build", "pacman": "ninja"},
     "git": {"apt-get": "git", "dnf": "git", "pacman": "git"},
     "nvcc": {"apt-get": "nvidia-cuda-toolkit", "dnf": "cuda-toolkit", "pacman": "cuda"},
+    "glslc": {"apt-get": "glslc", "dnf": "glslc", "pacman": "shaderc"},
+    "libvulkan": {"apt-get": "libvulkan-dev", "dnf": "vulkan-loader-devel", "pacman": "vulkan-icd-loader"},
+    "vulkan.hpp": {"apt-get": "libvulkan-dev", "dnf": "vulkan-headers", "pacman": "vulkan-headers"},
+    "spirv.hpp": {"apt-get": "spirv-headers", "dnf": "spirv-headers-devel", "pacman": "spirv-headers"},
 }
 INSTALL = {"apt-get": "apt-get install", "dnf": "dnf install", "pacman": "pacman -S"}
 # Bytes that a build takes; the CPU's was measured, with tests. A GPU's grows with the architectures.
-DISK = {Flavour.CPU: 10**9, Flavour.PORTABLE: 2 * 10**9, Flavour.CUDA: 5 * 10**9}
+DISK = {Flavour.CPU: 10**9, Flavour.PORTABLE: 2 * 10**9, Flavour.CUDA: 5 * 10**9, Flavour.VULKAN: 2 * 10**9}
 
 
 class ToolError(ErnieGgufError):
@@ -33,27 +39,31 @@ class ToolError(ErnieGgufError):
 
 
 def find(tool: str) -> str | None:
-    """Path of a tool: beside this Python, where pip puts it, on PATH, or in CUDA's own folder."""
+    """Path of a tool: beside this Python, where pip puts it, on PATH, or in CUDA's own folder; Vulkan's SDK first."""
     beside = str(Path(sys.executable).parent)
     places = [beside, os.environ.get("PATH", os.defpath)]
     if tool == "nvcc":
         places += [str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")]
+    if tool == "glslc" and (sdk := os.environ.get("VULKAN_SDK")):
+        places.insert(0, str(Path(sdk) / "bin"))
     return shutil.which(tool, path=os.pathsep.join(places))
 
 
 def check(job: Job) -> None:
     """Raises ToolError unless `job` can be built here."""
-    needed = ["c++", "cmake", "ninja", *(["nvcc"] if job.flavour is Flavour.CUDA else [])]
-    missing = [tool for tool in needed if find(tool) is None]
+    needed = {Flavour.CUDA: ["nvcc"], Flavour.VULKAN: ["glslc"]}.get(job.flavour, [])
+    missing = [tool for tool in ("c++", "cmake", "ninja", *needed) if find(tool) is None]
     if find("git") is None and find("patch") is None:
         missing.append("git")
+    if job.flavour is Flavour.VULKAN and "c++" not in missing:
+        missing += vulkan.missing_headers(str(find("c++")))
     if missing:
         raise ToolError(f"{' and '.join(missing)} not found; {how_to_install(missing)}")
     if importlib.util.find_spec("pip") is None:
         raise ToolError("pip is missing in this environment, and it downloads llama.cpp: python -m ensurepip")
     version = _version("cmake", r"version (\d+)\.(\d+)")
-    if version < CMAKE_LEAST:
-        found, least = (".".join(map(str, each)) for each in (version, CMAKE_LEAST))
+    if version < CMAKE_LEAST[job.flavour]:
+        found, least = (".".join(map(str, each)) for each in (version, CMAKE_LEAST[job.flavour]))
         raise ToolError(f"{find('cmake')} has version {found}, too old: {least} is needed; pip install cmake")
     if job.flavour is Flavour.CUDA:
         check_cuda(_version("nvcc", r"release (\d+)\.(\d+)"), driver_version())
@@ -65,7 +75,9 @@ def check(job: Job) -> None:
 def how_to_install(missing: list[str]) -> str:
     """The command for this machine's package manager, or for all that are known."""
     here = [manager for manager in INSTALL if shutil.which(manager)][:1] or list(INSTALL)
-    commands = [f"{INSTALL[manager]} {' '.join(PACKAGES[tool][manager] for tool in missing)}" for manager in here]
+    commands = [
+        f"{INSTALL[manager]} {' '.join(dict.fromkeys(PACKAGES[tool][manager] for tool in missing))}" for manager in here
+    ]
     by_pip = [tool for tool in missing if tool in {"cmake", "ninja"}]
     if by_pip == missing:
         commands.append(f"pip install {' '.join(by_pip)}")

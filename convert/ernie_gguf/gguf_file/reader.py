@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuant
 from ..arrays import U8
 from ..ccq2.rows import ccq2_row_size
 from ..errors import Ccq2Error, GgufError
+from ..recognise import HEAD_BYTES, refuse_other_files
 from .split import sibling_paths
 from .types import ALIGNMENT, LAYOUT_KEY, LAYOUT_VERSION, GgmlType, block_size, padded, row_size
 
@@ -251,6 +252,8 @@ def _open(path: Path) -> tuple[_Cursor, int]:
     """A cursor behind the version of a GGUF file, and the version."""
     cursor = _Cursor(_map(path), path.name)
     if len(cursor.data) < 4 or cursor.number("I") != GGUF_MAGIC:
+        if len(cursor.data):
+            refuse_other_files(path, cursor.data[:HEAD_BYTES].tobytes(), GgufError, "a GGUF file")
         raise GgufError(f"{path.name}: not a GGUF file: it does not begin with 'GGUF'")
     version = cursor.number("I")
     if version not in (2, GGUF_VERSION):
@@ -261,6 +264,13 @@ def _open(path: Path) -> tuple[_Cursor, int]:
 def _counts(cursor: _Cursor) -> tuple[int, int]:
     """How many tensors and keys the header announces, each bounded by the least bytes of an entry."""
     return cursor.count(25), cursor.count(13)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The keys of one file, whatever types its tensors have. Raises GgufError."""
+    cursor, _ = _open(path)
+    _, n_keys = _counts(cursor)
+    return _read_metadata(cursor, n_keys)
 
 
 def _read_one(path: Path) -> GgufFile:

@@ -9,6 +9,7 @@ from ..ccq2.rows import CCQ2_BLOCK, ccq2_row_size
 LAYOUT_KEY = "ernie_gguf.ccq.layout"  # every file with a ccq2 tensor has it
 LAYOUT_VERSION = 1
 MIX_KEY = "ernie_gguf.mix.types"  # NAME=TYPE of every matrix of a mix but the router
+K_ORDER_KEY = "ernie_gguf.ccq.k_order"  # "shuffled" where the residual stream is in the stored order of 2-bit experts
 ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
 
 

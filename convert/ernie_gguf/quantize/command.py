@@ -54,12 +54,14 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     ],
     outfile: Annotated[
         Path | None,
-        typer.Option(help="File to write, or a folder for NAME-CCQ2.gguf in it (default: SRC).", show_default=False),
+        typer.Option(
+            help="File to write, or a folder for NAME-CCQ2.gguf in it (default: the current one).", show_default=False
+        ),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write tables, pictures and JSON of every matrix to this folder.", show_default=False
+            metavar="DIR", help="Write tables, plots and JSON of every matrix to this folder.", show_default=False
         ),
     ] = None,
     ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=64, help="Tokens per calibration sequence.")] = 512,
@@ -120,13 +122,13 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     ] = None,
     mmproj: Annotated[
         Path | None,
-        typer.Option(help="File for the eyes of a vision-language (VL) checkpoint.", show_default=False),
+        typer.Option(help="Where to write the vision encoder (mmproj) of a VL checkpoint.", show_default=False),
     ] = None,
     mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
     vision_experts: Annotated[
-        ExpertType, typer.Option(help="Type of the experts for pictures: TEXT says nothing of them.")
+        ExpertType, typer.Option(help="Type of the vision experts, which are not calibrated.")
     ] = ExpertType.Q8_0,
-    vision_tokens: Annotated[VisionTokens, typer.Option(help="As of convert.")] = VisionTokens.ALL,
+    vision_tokens: Annotated[VisionTokens, typer.Option(help="Same as in `convert`.")] = VisionTokens.ALL,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Quantize only the language model of a vision-language (VL) checkpoint.")
     ] = False,
@@ -164,13 +166,13 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     job = mix.job if mix else job
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
-    path = output_path(job, outfile or source)
+    path = output_path(job, outfile)
     check_output(path, overwrite)
     check_mmproj(job, path, mmproj)
     if report is not None:
         check_report_folder(report, overwrite)
     length = min(ctx_size, job.config.context)
-    text = calibration_sequences(calibration, source, job.vocab, length, max_tokens)
+    text = calibration_sequences(calibration, job.source, job.vocab, length, max_tokens)
     preview = Preview(job, path, text, settings, needs(job.config, text.sequences.size, job.plan.nbytes, settings))
     if dry_run:
         plan = {"mix": mix_json(mix)} if mix else {}
@@ -231,16 +233,22 @@ def _mix(job: Job, choices: Choices, request: MixRequest, losses: Path | None) -
 @contextmanager
 def _resume_note(outfile: Path, layers: int) -> Iterator[None]:
     """If the block fails, say on stderr what the run has left and how to resume it."""
-    from ..errors import WorkspaceError
+    from ..errors import Stopped, WorkspaceError
     from .workspace import layers_done, partial_path
 
     try:
         yield
     except WorkspaceError:
         raise  # the folder belongs to another run, or is damaged
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Stopped):
+            error.left = "; no output was written, run the command again"
         if done := layers_done(partial := partial_path(outfile)):
-            _say(f"note: {done} of {layers} layers are done and kept in {partial}; the same command resumes the run")
+            kept = f"{done} of {layers} layers are done and kept in {partial}; the same command resumes the run"
+            if isinstance(error, Stopped):
+                error.left = f": {kept}"
+            else:
+                _say(f"note: {kept}")
         raise
 
 

@@ -17,7 +17,6 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from ..checkpoint.config import ErnieConfig
 from ..checkpoint.shards import ShardReader
 from ..checkpoint.values import FloatRows, Values
-from ..errors import EncodeError
 from ..mapping import Part
 from ..plan import Plan
 from ..transform import dequantize
@@ -136,9 +135,6 @@ class Layer:
         self._used = self.moe.used
         self._router = load("ffn_gate_inp.weight")
         self._bias = load("exp_probs_b.bias") if self.moe.has_bias else None
-        if self._bias is not None and not bool((finite := torch.isfinite(self._bias)).all()):
-            expert = int((~finite).nonzero()[0])  # it would change the routing and leave no trace in the activations
-            raise EncodeError(0, expert, f"{self._bias[expert]:g} ranks no expert", f"blk.{layer}.exp_probs_b.bias")
         self._shared = load_mlp("_shexp") if self.moe.shared else None
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:

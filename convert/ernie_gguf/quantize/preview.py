@@ -9,7 +9,7 @@ from ..convert import Job
 from ..errors import OutputError, QuantizeError
 from ..expected import Role
 from ..files import free_bytes
-from ..report import human
+from ..units import human
 from .needs import Needs
 from .settings import Settings
 from .text import Calibration
@@ -51,7 +51,7 @@ class Preview:
 
     @property
     def vision_experts(self) -> str:
-        """The type of the experts for pictures, or nothing."""
+        """The type of the vision experts, or nothing."""
         found = {tensor.ggml_type.name.lower() for tensor in self.job.plan.tensors if tensor.role is Role.VISION_EXPERT}
         return ", ".join(sorted(found))
 
@@ -88,9 +88,10 @@ class Preview:
             f"{human(self.job.plan.nbytes)}); device {self.settings.device}{threads}",
         ]
         if self.vision_experts:
-            out.append(f"the experts for pictures become {self.vision_experts}: a text cannot calibrate them")
+            out.append(f"the vision experts become {self.vision_experts}: a text cannot calibrate them")
         if self.tokens_per_expert < _FEW_TOKENS:
             out.append("note: this is a short text; aim for 20,000 tokens per expert")
+        out += [f"note: {note}" for note in self.job.notes]
         if needs.memory > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
             out.append(f"note: this computer has {human(memory)} of memory; give fewer --threads")
         return out

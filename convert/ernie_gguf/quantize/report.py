@@ -13,11 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from ..errors import ErnieGgufError, OutputError
 from ..files import replacing
-from ..report import human, right, table
+from ..report import right, table
+from ..units import human
 from .pictures import PICTURES
 from .stats import Group, MatrixStats, by_projection, by_tensor
 
@@ -145,7 +147,7 @@ def _verdicts(summary: QuantizeSummary) -> list[str]:
     ]
 
 
-def summary_table(summary: QuantizeSummary) -> list[Any]:
+def summary_table(summary: QuantizeSummary) -> list[RenderableType]:
     """The result for people: a row per tensor, a row per projection, three sentences, the file."""
     matrices = table(right("layer"), "projection", *map(right, _COLUMNS))
     for group in by_tensor(summary.matrices):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from .model_file import check_model
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -22,7 +23,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class ChatError(ErnieGgufError):
-    """The file cannot be chatted with."""
+    """FILE cannot be used for a chat."""
 
 
 def chat(  # noqa: PLR0917 - typer makes options of the parameters
@@ -32,19 +33,49 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
         int, typer.Option("--ctx", min=0, help="Tokens that the conversation has room for; 0 for all the model has.")
     ] = 8192,
     temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the random draws; -1 for another one each time.")] = -1,
+    seed: Annotated[int, typer.Option(help="Random seed; -1 picks a new one each run.")] = -1,
     threads: Annotated[int, typer.Option(min=0, help="0 for one per physical core.")] = 0,
     n_gpu_layers: Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1 for all.")] = -1,
     n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,
 ) -> None:
     """Chat with FILE in the terminal."""
+    talk(
+        file,
+        system=system,
+        temp=temp,
+        n_ctx=n_ctx,
+        n_threads=threads or None,
+        n_gpu_layers=n_gpu_layers,
+        n_cpu_moe=n_cpu_moe,
+        seed=seed,
+    )
+
+
+def talk(
+    file: Path,
+    *,
+    system: str,
+    temp: float,
+    prompt: str | None = None,
+    n_ctx: int,
+    n_threads: int | None,
+    n_gpu_layers: int = -1,
+    n_cpu_moe: int,
+    seed: int,
+) -> None:
+    """Answer `prompt`, or what is typed until it ends.
+
+    Raises:
+        ChatError: the file cannot be loaded.
+    """
     from ernie_llama import Llama
 
+    metadata = check_model(file, ChatError)
     try:
         llm = Llama(
             file,
-            n_ctx=n_ctx,
-            n_threads=threads or None,
+            n_ctx=context(metadata, n_ctx),
+            n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             n_cpu_moe=n_cpu_moe,
             seed=seed,
@@ -56,8 +87,19 @@ def chat(  # noqa: PLR0917 - typer makes options of the parameters
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the program
     colours = sys.stdout.isatty()
     with llm:
-        typer.echo(HELP, err=True)
-        converse(llm, _lines(), _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+        if prompt is None:
+            typer.echo(HELP, err=True)
+        lines = _lines() if prompt is None else iter([prompt])
+        converse(llm, lines, _write, system=system, temperature=temp, dim=(DIM, PLAIN) if colours else ("", ""))
+
+
+def context(metadata: Mapping[str, Any], wanted: int) -> int:
+    """The tokens to make room for: as many as are wanted, but no more than the model was trained with."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or not 0 < trained < wanted:
+        return wanted
+    typer.echo(f"note: room for {trained} tokens, with which the model was trained, instead of {wanted}", err=True)
+    return trained
 
 
 def converse(

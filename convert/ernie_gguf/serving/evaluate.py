@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ErnieGgufError
+from .model_file import check_model
 
 
 class EvalError(ErnieGgufError):
@@ -34,12 +35,7 @@ def evaluate(  # noqa: PLR0917 - typer makes options of the parameters
     ] = None,
 ) -> None:
     """Evaluate FILE with tasks of lm-evaluation-harness: MMLU, GSM8K and hundreds more."""
-    from ernie_llama import check_gguf
-
-    try:
-        check_gguf(file)
-    except ValueError as error:
-        raise EvalError(str(error)) from error
+    check_model(file, EvalError)
     if importlib.util.find_spec("lm_eval") is None:
         raise EvalError("lm_eval is not installed: run `pip install -e '.[eval]'` in the checkout of ernie-gguf")
     from ernie_llama.evaluation import main

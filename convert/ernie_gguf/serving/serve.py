@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from ..hub.names import as_name
+from .model_file import check_mmproj, check_model
+from .ready import ready
 
 SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 
@@ -44,15 +48,17 @@ class ServeError(ErnieGgufError):
 
 
 def serve(  # noqa: PLR0917 - typer makes options of the parameters
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A GGUF file, of a split one the first part; or a name on the Hub.")
+    ],
     mmproj: Annotated[
         Path | None,
-        typer.Option(help="The eyes of a vision-language model, for requests with pictures.", show_default=False),
+        typer.Option(help="The mmproj of a vision-language model, for requests with images.", show_default=False),
     ] = None,
     args: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ARGS]",
+            metavar="[ARGS]...",
             help="Options of llama-server: --host, --port, -c (context), -ngl (GPU layers), -np (slots), ...",
             show_default=False,
         ),
@@ -67,6 +73,9 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="For a name: do not ask before a download of more than 5 GB.")
+    ] = False,
 ) -> None:
     """Serve FILE over HTTP with the OpenAI API and a page for browsers.
 
@@ -75,11 +84,14 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     if str(file).startswith("-"):
         raise ServeError(f"FILE comes before the options of llama-server: ernie-gguf serve FILE {file} ...")
     args = args or []
+    if not file.exists() and as_name(file) is not None:
+        file = ready(file, ctx, None, yes).file
     if gpus:
         args = [*placement(file, gpus, ctx, args), *args]
     command = server_command(file, args, mmproj)
     page = address(args)
-    typer.echo(f"{shlex.join(command)}\nThe page: {page}", err=True)
+    check_port(args)
+    typer.echo(f"{shlex.join(command)}\nWhen the model is loaded, the page is at {page}", err=True)
     if open_page:
         # A process of its own: the server takes the place of this one.
         subprocess.Popen([sys.executable, "-c", _OPEN, page, str(os.getpid())], start_new_session=True)
@@ -90,6 +102,24 @@ def address(args: Sequence[str]) -> str:
     """The address of the server's page, from llama-server's options `--host` and `--port`."""
     host, port = value_of(args, ("--host",), "127.0.0.1"), value_of(args, ("--port",), "8080")
     return f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"
+
+
+def check_port(args: Sequence[str]) -> None:
+    """Raises ServeError if something listens where the server is to, which would say so after loading the model."""
+    host, port = value_of(args, ("--host",), "127.0.0.1"), value_of(args, ("--port",), "8080")
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16 or host.endswith(".sock"):
+        return  # llama-server judges
+    try:
+        places = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError:
+        return
+    family, kind, protocol, _, place = places[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+        except OSError as error:
+            raise ServeError(f"{host}:{port}: {error.strerror}; give another --port") from error
 
 
 def value_of(args: Sequence[str], names: tuple[str, ...], default: str) -> str:
@@ -135,14 +165,9 @@ def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) 
     Raises:
         ServeError: `file` is not a GGUF file, or llama-server is not built.
     """
-    from ernie_llama import check_gguf
-
-    try:
-        check_gguf(file)
-        if mmproj is not None:
-            check_gguf(mmproj)
-    except ValueError as error:
-        raise ServeError(str(error)) from error
+    check_model(file, ServeError)
+    if mmproj is not None:
+        check_mmproj(mmproj, ServeError)
     given = {arg.split("=", 1)[0] for arg in args}
     chosen = [part for names, parts in DEFAULTS if not given & set(names) for part in parts]
     alias = [] if given & {"--alias", "-a"} else ["--alias", file.stem]

@@ -12,11 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from ..arrays import F32, I64, U8, Bool
+from ..arrays import F32, I64, U8, AnyArray, Bool
+from ..checkpoint.k_order import GROUP, KOrder
 from ..checkpoint.shards import ShardReader
 from ..errors import GgufError
 from ..gguf_file.reader import GgufFile, GgufTensor
-from ..gguf_file.types import MIX_KEY
+from ..gguf_file.types import K_ORDER_KEY, MIX_KEY
 from ..mapping import MappedTensor, Part, TensorMap
 from ..workers import in_order
 from . import decode
@@ -61,6 +62,23 @@ class Finding:
             self.square_error + other.square_error,
             self.problem or other.problem,
         )
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Whether the checkpoint's 2-bit experts are shuffled, and whether the file's residual stream is in that order."""
+
+    source_shuffled: bool
+    file_shuffled: bool
+
+
+def orders_of(file: GgufFile, k_order: KOrder) -> Orders:
+    """What a file says, and what is known of the checkpoint; raises GgufError for an order that is not known here."""
+    named = file.metadata.get(K_ORDER_KEY)
+    if named not in (None, KOrder.SHUFFLED.value):
+        raise GgufError(f"{file.path}: {K_ORDER_KEY} is {named!r}, expected 'shuffled' or no such key")
+    file_shuffled = named is not None
+    return Orders(file_shuffled if k_order is KOrder.AUTO else k_order is KOrder.SHUFFLED, file_shuffled)
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,8 @@ def _code_tolerance(reader: ShardReader, chunk: "_Chunk", data: U8, k: int) -> t
 def _scale_tolerance(reader: ShardReader, chunk: "_Chunk", data: U8, _k: int) -> tuple[Tolerance, Finding]:
     """What rounding the channel's scale to f16 explains; rows with such a scale are counted."""
     q, scale = decode.channel_ints(reader, chunk.part.source, chunk.row, len(data))
+    if chunk.move:
+        q = chunk.move(q)
     off = np.abs(scale - scale.astype(np.float16).astype(np.float32)) * np.float32(1 + 2.0**-20)
     return np.abs(q).astype(np.float32) * off[:, None], Finding(rounded_rows=int((off > 0).sum()))
 
@@ -146,19 +166,33 @@ def _tolerated(reader: ShardReader, chunk: "_Chunk", data: U8, type_name: str, k
     return tolerance(reader, chunk, data, k) if tolerance else (_NONE, Finding())
 
 
+def _not_finite(values: F32, where: str, chunk: "_Chunk") -> str:
+    """That a value is NaN or infinity, and which one: no model works with it, even if both sides have it."""
+    if (finite := np.abs(values) <= np.finfo(np.float32).max).all():
+        return ""
+    row, column = (int(i) for i in np.argwhere(~finite)[0])
+    return f"row {chunk.at + row}, column {column} is {values[row, column]:g}{where}: not a finite number"
+
+
 def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_Chunk") -> Finding:
     k, type_name = chunk.k, tensor.type_name
     rows = tensor.elements // k
     data = np.array(file.rows(tensor).reshape(rows, -1)[chunk.at : chunk.at + chunk.rows])
+    if chunk.rows_moved:
+        data = decode.rows_to_channels(data)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be anything in a damaged file
         expected = decode.source_rows(reader, chunk.part.source, chunk.row, chunk.rows)
         if chunk.head:
             expected = decode.to_sections(expected, chunk.head, chunk.slow)
+        if chunk.move:
+            expected = chunk.move(expected)
         found = decode.gguf_rows(data, type_name, k)
     same = found == expected
     if not same.all():
         same |= np.isnan(found) & np.isnan(expected)
-    counted = Finding(values=found.size)
+    counted = Finding(
+        values=found.size, problem=_not_finite(found, "", chunk) or _not_finite(expected, " in SRC", chunk)
+    )
     if type_name == "ccq2" and not decode.ccq2_is_clean(data, k):
         counted = replace(counted, problem="padding or reserved word is not zero")
     exact = type_name in chunk.part.source.exact_types
@@ -210,22 +244,27 @@ class _Chunk:
     rows: int
     at: int  # in the GGUF tensor
     k: int
-    calibrated: bool = False  # in a mix q4_0 is not rounded to nearest
     head: int = 0  # rows of a head whose rows are permuted for M-RoPE, 0 if they are not
     slow: int = 0  # pairs of it that turn by time
+    rows_moved: bool = False  # the file has each 64 rows in stored order
+    move: Callable[[AnyArray], AnyArray] | None = None  # what takes the source's columns to where the file has them
+    calibrated: bool = False  # in a mix q4_0 is not rounded to nearest
 
 
-def _chunks(tensor: MappedTensor, calibrated: bool) -> Iterator[_Chunk]:
+def _chunks(tensor: MappedTensor, orders: Orders, calibrated: bool) -> Iterator[_Chunk]:
     step = max(1, _CHUNK_VALUES // tensor.shape[-1])
+    step = step // GROUP * GROUP or GROUP
     head, slow = len(tensor.head_order), 0
     if head:
         step = max(1, step // head) * head
         slow = head // 2 - tensor.head_order[0] // 2  # the first pair is the first of those that turn by time
     at = 0
     for part in tensor.parts:
+        rows_moved = orders.file_shuffled and decode.rows_move(part.source)
+        move = decode.column_mover(part.source, orders.source_shuffled, orders.file_shuffled)
         for row in range(part.row, part.row + part.rows, step):
             rows = min(step, part.row + part.rows - row)
-            yield _Chunk(part, row, rows, at, tensor.shape[-1], calibrated, head, slow)
+            yield _Chunk(part, row, rows, at, tensor.shape[-1], head, slow, rows_moved, move, calibrated)
             at += rows
 
 
@@ -272,13 +311,19 @@ def tensors_of(mapping: TensorMap, file: GgufFile) -> tuple[MappedTensor, ...]:
 
 
 def verify(
-    wanted: Iterable[MappedTensor], file: GgufFile, threads: int, progress: Callable[[int], None]
+    wanted: Iterable[MappedTensor],
+    file: GgufFile,
+    threads: int,
+    progress: Callable[[int], None],
+    k_order: KOrder = KOrder.AUTO,
 ) -> list[Verdict]:
     """Compare all tensors; one verdict each, in the plan's order, then those that only the GGUF has.
 
+    `k_order` is that of the checkpoint's 2-bit experts; AUTO takes what the file says.
+
     `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
     """
-    mapping = tuple(wanted)
+    mapping, orders = tuple(wanted), orders_of(file, k_order)
     tensors, planned = {tensor.name: tensor for tensor in file.tensors}, planned_types(file)
     verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name), planned) for mapped in mapping}
 
@@ -292,7 +337,8 @@ def verify(
             if mapped.computed:
                 found = _compare_computed(file, tensors[mapped.name], mapped)
                 verdicts[mapped.name] = replace(verdicts[mapped.name], finding=found)
-        calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in _chunks(mapped, bool(planned)))
+        chunks = partial(_chunks, orders=orders, calibrated=bool(planned))
+        calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in chunks(mapped))
         with closing(in_order(calls, executor, 2 * threads)) as results:
             for name, found in results:
                 verdicts[name] = replace(verdicts[name], finding=verdicts[name].finding + found)

@@ -4,6 +4,7 @@ They share nothing with the code that packs: every formula is written out again 
 (docs/formats.md; ggml's block types), in another way where there is one.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -59,10 +60,10 @@ def channel_ints(reader: ShardReader, source: Source, row: int, rows: int) -> tu
 
 
 def source_codes(cs: F32, cz: F32) -> I64:
-    """floor(fma(b, cs, cz) + 0.5) for all bytes b, in float32: [N, 256]. A long double holds nearly every sum."""
-    wide_cs, wide_cz = cs.astype(np.longdouble)[:, None], cz.astype(np.longdouble)[:, None]
+    """floor(fma(b, cs, cz + 0.5)) for all bytes b, in float32: [N, 256]. A long double holds nearly every sum."""
+    wide_cs, wide_cz = cs.astype(np.longdouble)[:, None], (cz + np.float32(0.5)).astype(np.longdouble)[:, None]
     fma = (np.arange(256, dtype=np.longdouble) * wide_cs + wide_cz).astype(np.float32)
-    codes: I64 = np.floor(fma + np.float32(0.5)).astype(np.int64)
+    codes: I64 = np.floor(fma).astype(np.int64)
     return codes
 
 
@@ -93,9 +94,7 @@ def ccq_map(reader: ShardReader, source: Source, row: int, rows: int) -> tuple[F
 def _ccq(reader: ShardReader, source: Source, row: int, rows: int) -> F32:
     b = reader.read_columns(source.main, row, rows).view(np.uint8).T  # [n, K/4]
     packed = reader.read_columns(source.tensors["weight_scale"], row, rows).view(np.uint8).T  # [n, K/128]
-    d = np.ones(rows, np.float32)
-    if "super_scales" in source.tensors:
-        d = _vector(reader, source.tensors["super_scales"], row, rows)
+    d = _vector(reader, source.tensors["super_scales"], row, rows)
     table = source_codes(*ccq_map(reader, source, row, rows))
     return _decoded(windows(table), b, packed, d)
 
@@ -137,6 +136,42 @@ def to_sections(rows: F32, head: int, slow: int) -> F32:
     ordered = np.concatenate((pairs[:, space:], pairs[:, :space:2], pairs[:, 1:space:2]), axis=1)
     out: F32 = ordered.transpose(0, 2, 1, 3).reshape(rows.shape)
     return out
+
+
+def to_stored(values: AnyArray) -> AnyArray:
+    """The last axis from channel order to that of shuffled 2-bit experts: channel 8b + 2a + c goes to 16a + 2b + c."""
+    return values.reshape(-1, 8, 4, 2).swapaxes(1, 2).reshape(values.shape)
+
+
+def to_channels(values: AnyArray) -> AnyArray:
+    """The last axis from stored order back to channel order."""
+    return values.reshape(-1, 4, 8, 2).swapaxes(1, 2).reshape(values.shape)
+
+
+def rows_to_channels(rows: AnyArray) -> AnyArray:
+    """Rows [n, …] from stored order back to that of the channels, or neurons, that they are; n is a multiple of 64."""
+    return rows.reshape(-1, 4, 8, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+# The sources that neither read nor write the residual stream, and those that write it: by the checkpoint's names.
+_APART = re.compile(r".*e_score_correction_bias|.*vision_(model|tower)\..*|.*(spatial|temporal)_linear\..*")
+_WRITES = re.compile(r".*\.(o_proj|down_proj)\.\w+|.*resampler_model\.mlp\.weight")
+
+
+def rows_move(source: Source) -> bool:
+    """Whether a file whose residual stream is in stored order has this source's rows in it too."""
+    return bool(_WRITES.fullmatch(source.name)) or source.storage.name == "ccq wint2"
+
+
+def column_mover(source: Source, source_shuffled: bool, file_shuffled: bool) -> Callable[[AnyArray], AnyArray] | None:
+    """What takes a source's columns to where the file has them; None if they stay."""
+    if source.storage.name == "ccq wint2":
+        if source_shuffled == file_shuffled:
+            return None
+        return to_channels if source_shuffled else to_stored
+    if not file_shuffled or _WRITES.fullmatch(source.name) or _APART.fullmatch(source.name):
+        return None
+    return to_stored
 
 
 # name of a storage -> its decoder; a storage without one cannot be verified, and a test says so

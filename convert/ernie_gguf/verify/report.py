@@ -1,14 +1,17 @@
 """What `verify` prints: a table and three sentences for people, a dictionary for --json."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
+from ..checkpoint.find_k_order import KOrderFinding
+from ..checkpoint.k_order import KOrder
 from ..gguf_file.reader import GgufFile
 from ..report import right, table, whole
-from .compare import Finding, Verdict
+from .compare import Finding, Verdict, orders_of
 
 
 def _said(verdict: Verdict) -> str:
@@ -39,7 +42,29 @@ def _sum_of(verdicts: list[Verdict]) -> Finding:
     return sum((verdict.finding for verdict in verdicts), Finding())
 
 
-def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class KOrders:
+    """The orders of K that were compared: of the checkpoint's 2-bit experts, and of the file's residual stream."""
+
+    checkpoint: KOrder  # AUTO where the weights do not tell: then that of the file
+    file: KOrder
+    finding: KOrderFinding
+
+
+def k_orders(file: GgufFile, finding: KOrderFinding | None, order: KOrder) -> KOrders | None:
+    """What was compared; None without 2-bit experts."""
+    if finding is None:
+        return None
+    return KOrders(order, KOrder.SHUFFLED if orders_of(file, order).file_shuffled else KOrder.NATURAL, finding)
+
+
+def _orders_line(orders: KOrders) -> str:
+    said = orders.checkpoint.value if orders.checkpoint is not KOrder.AUTO else "unclear, taken as the file's"
+    line = f"order of K: the checkpoint's 2-bit experts {said}, the file's channels {orders.file.value}"
+    return f"{line}; the weights say: {orders.finding}"
+
+
+def verdicts_json(file: GgufFile, verdicts: list[Verdict], orders: KOrders | None = None) -> dict[str, Any]:
     """The result of `verify` for --json. An infinite difference is given as null."""
 
     def numbers(found: Finding) -> dict[str, Any]:
@@ -51,6 +76,7 @@ def verdicts_json(file: GgufFile, verdicts: list[Verdict]) -> dict[str, Any]:
         "file": str(file.path),
         "ok": all(verdict.ok for verdict in verdicts),
         "total": numbers(_sum_of(verdicts)),
+        **({"k_order": asdict(orders)} if orders else {}),
         "tensors": [
             {
                 "name": verdict.name,
@@ -81,7 +107,7 @@ def _word(verdict: Verdict) -> str:
     return "rounded" if (error := rms_error(verdict.finding)) is None else f"rms {error:.3f}"
 
 
-def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
+def verdicts_table(file: GgufFile, verdicts: list[Verdict], orders: KOrders | None = None) -> list[RenderableType]:
     """The result of `verify` for people, 80 characters wide with the longest names of a text model."""
     tensors = table(whole("tensor"), "source", "type", *map(right, ("differ", "error", "relative")), "verdict")
     for verdict in verdicts:
@@ -102,6 +128,7 @@ def verdicts_table(file: GgufFile, verdicts: list[Verdict]) -> list[Any]:
     missed = f"rows without an integer code map: {total.missed_rows:,}; scales that f16 rounds: {total.rounded_rows:,}"
     lines = [
         *(f"{verdict.name}: {_said(verdict)}" for verdict in bad),
+        *([_orders_line(orders)] if orders else []),
         f"{len(verdicts)} tensors, {total.values:,} weights compared: {exact} tensors exact, "
         f"{len(verdicts) - exact - len(bad)} with differences that their type explains, {len(bad)} wrong",
         f"* {missed}" if total.missed_rows or total.rounded_rows else missed,

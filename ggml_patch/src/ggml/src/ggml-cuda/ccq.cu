@@ -173,7 +173,6 @@ static __device__ __forceinline__ ccq2_x_group ccq2_load_x(const char * row, con
 }
 
 static constexpr int CCQ2_MMV_THREADS = 512;
-static constexpr int CCQ2_MMV_FLIGHT  = 2;  // groups of a row that a lane loads at once
 
 // `lanes` work on a row
 template <int ncols, bool has_gate, int lanes> struct ccq2_mmv_shape {
@@ -181,6 +180,12 @@ template <int ncols, bool has_gate, int lanes> struct ccq2_mmv_shape {
     static constexpr int rows = ncols == 1 && !has_gate ? 2 : 1;  // that a lane works on at once: they share its activations
     static constexpr int warp_rows = rows * WARP_SIZE / lanes;
     static constexpr int blocks    = ncols > 2 ? 1 : 2;  // per multiprocessor: 64 registers for a thread unless that spills
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= GGML_CUDA_CC_BLACKWELL
+    static constexpr int flight =
+        has_gate && lanes < WARP_SIZE ? 1 : 2;  // groups of a row that a lane loads at once: more spill
+#else
+    static constexpr int flight = 2;
+#endif  // defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= GGML_CUDA_CC_BLACKWELL
 };
 
 template <int ncols, bool has_gate, int lanes>
@@ -229,10 +234,10 @@ static __global__ void __launch_bounds__(CCQ2_MMV_THREADS, ccq2_mmv_shape<ncols,
                 d[m][r]       = __uint_as_float(h.z);
             }
         }
-        for (int g0 = lane; g0 < a.groups; g0 += lanes * CCQ2_MMV_FLIGHT) {
-            ccq2_x_group group[CCQ2_MMV_FLIGHT][matrices][rows];
+        for (int g0 = lane; g0 < a.groups; g0 += lanes * shape::flight) {
+            ccq2_x_group group[shape::flight][matrices][rows];
 #pragma unroll
-            for (int f = 0; f < CCQ2_MMV_FLIGHT; ++f) {
+            for (int f = 0; f < shape::flight; ++f) {
                 const int g = g0 + f * lanes;
                 if (f == 0 || g < a.groups) {
 #pragma unroll
@@ -245,7 +250,7 @@ static __global__ void __launch_bounds__(CCQ2_MMV_THREADS, ccq2_mmv_shape<ncols,
                 }
             }
 #pragma unroll
-            for (int f = 0; f < CCQ2_MMV_FLIGHT; ++f) {
+            for (int f = 0; f < shape::flight; ++f) {
                 const int g = g0 + f * lanes;
                 if (f > 0 && g >= a.groups) {
                     break;

@@ -40,6 +40,46 @@ static __device__ __forceinline__ int2 ccq2_unpack_pair(const uint32_t codes, co
     return make_int2(ccq2_and_xor(x, 0xfcfcfcfc, 0x80808080), ccq2_and_xor(y, 0xfcfcfcfc, 0x80808080));
 }
 
+// (a & b) | c, likewise
+static __device__ __forceinline__ uint32_t ccq2_and_or(const uint32_t a, const uint32_t b, const uint32_t c) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+    return (a & b) | c;
+#else
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+#endif
+}
+
+// Byte i of four, by the pipe that multiplies: the one for logic is the busier.
+static __device__ __forceinline__ uint32_t ccq2_byte(const uint32_t codes, const int i) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+    return codes >> (8 * i) & 255;
+#else
+    uint32_t out;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(codes), "r"(1u << (8 * i)), "r"(0));
+    return out;
+#endif
+}
+
+// Decode the code bytes 2i and 2i+1 of four as half2: w[j] holds window j of either byte, 1024 + 16 v for even and
+// 1024 + 2 v for odd j, where v is the weight plus 32. A mask and an or put a window into the mantissa, and one shift
+// serves two windows: five instructions a byte.
+static __device__ __forceinline__ void ccq2_unpack_half2(const uint32_t codes,
+                                                         const int      i,
+                                                         const uint32_t M,
+                                                         const uint32_t Z,
+                                                         uint32_t (&w)[4]) {
+    const uint32_t u0   = ccq2_byte(codes, 2 * i) * M + Z;
+    const uint32_t u1   = ccq2_byte(codes, 2 * i + 1) * M + Z;
+    const uint32_t low  = __byte_perm(u0, u1, 0x7632);
+    const uint32_t high = low >> 6;
+    w[0]                = ccq2_and_or(high, 0x03f003f0, 0x64006400);
+    w[1]                = ccq2_and_or(high, 0x007e007e, 0x64006400);
+    w[2]                = ccq2_and_or(low, 0x03f003f0, 0x64006400);
+    w[3]                = ccq2_and_or(low, 0x007e007e, 0x64006400);
+}
+
 // what the unpacked weights are too large by
 static constexpr float CCQ2_UNPACKED = 4.0f;
 
@@ -56,6 +96,20 @@ static __device__ __forceinline__ float ccq2_group_scale(const char * row, const
 
 // at most MMVQ_MAX_BATCH_SIZE columns, or tokens with ids
 void ggml_cuda_mul_mat_vec_ccq2(ggml_backend_cuda_context &           ctx,
+                                const ggml_tensor *                   src0,
+                                const ggml_tensor *                   src1,
+                                const ggml_tensor *                   ids,
+                                ggml_tensor *                         dst,
+                                const ggml_cuda_mm_fusion_args_host * fusion);
+
+// Whether the experts' few tokens are done by tensor cores with weights in registers: a batch that is neither a token or two
+// nor a prompt, see ccq-mma.cu.
+bool ggml_cuda_should_use_mma_ccq2(const ggml_tensor * src0,
+                                   const ggml_tensor * src1,
+                                   const ggml_tensor * ids,
+                                   const ggml_tensor * dst);
+
+void ggml_cuda_mul_mat_mma_ccq2(ggml_backend_cuda_context &           ctx,
                                 const ggml_tensor *                   src0,
                                 const ggml_tensor *                   src1,
                                 const ggml_tensor *                   ids,
