@@ -7,7 +7,8 @@ from typing import Any
 from rich.text import Text
 
 from ..expected import Role
-from ..report import experts_by_layer, human, right, table
+from ..report import experts_by_layer, right, table
+from ..units import human
 from .mix import part_of
 from .target import Mix, cards_that_fit
 

@@ -16,7 +16,7 @@ from ..expected import Role
 from ..gguf_file.types import GgmlType, padded
 from ..gguf_file.writer import write_header
 from ..plan import Plan, TensorPlan
-from ..report import human
+from ..units import human
 from .mix import (
     EXPERT_LOSS,
     REST_LOSS,
