@@ -20,11 +20,12 @@ BIN   := $(VENV)/bin
 LIB   := bindings/ernie_llama/lib
 SEARCH := $(BUILD_DIR)/search/libccq_search.so
 SEARCH_LIB := convert/ernie_gguf/ccq2/lib
+SEARCH_SOURCES := convert/ernie_gguf/ccq2/search.cpp convert/ernie_gguf/stock/search.cpp
 
 ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR) --jobs $(JOBS) $(if $(LLAMA_CPP_SRC),--llama-cpp $(LLAMA_CPP_SRC))
 
 PYTHON_SOURCES := $(shell find convert bindings -name '*.py')
-C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') benchmarks/ccq2_kernel.cu benchmarks/expert_batches.cpp convert/ernie_gguf/ccq2/search.cpp
+C_SOURCES = $$(find ggml_patch/src -type f ! -name '*.comp' ! -name '*.glsl') benchmarks/ccq2_kernel.cu benchmarks/expert_batches.cpp $(SEARCH_SOURCES)
 TINY   := $(wildcard examples/ernie-tiny/*)
 
 .DELETE_ON_ERROR:
@@ -67,7 +68,7 @@ drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp o
 
 ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
 
-$(SEARCH): convert/ernie_gguf/ccq2/search.cpp $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
+$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
 	$(BIN)/python -m ernie_gguf.engine.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.
@@ -134,9 +135,9 @@ test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan de
 	$(ENGINE) --vulkan --backend-only -- $(LLAMA_CMAKE_ARGS)
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin VULKAN_BACKEND=$(abspath $(VULKAN))/bin/libggml-vulkan.so $(BIN)/pytest tests/vulkan
 
-quality: build quantizer ## measure ccq2, plain and calibrated, beside llama.cpp's types on examples/ernie-tiny
+quality: build quantizer ## measure calibrated types and mixes beside llama.cpp's on examples/ernie-tiny; draw a curve
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
-	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin
+	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --picture $(BUILD_DIR)/quality.png
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .

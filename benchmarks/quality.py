@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from common import (
@@ -49,8 +50,11 @@ TOOLS = ("llama-perplexity", "llama-imatrix", "llama-quantize")
 CALIBRATED = "ccq2-calibrated"
 WITH_IMATRIX = "ccq2-imatrix"
 PEERS = ("iq2_xxs", "iq2_xs", "iq2_s", "q2_K", "iq3_xxs", "q4_0")
-ROWS = ("bf16", "q8_0", "ccq2", WITH_IMATRIX, CALIBRATED, *PEERS)
-USE_IMATRIX = (WITH_IMATRIX, *PEERS)
+MORE_PEERS = ("iq3_s", "q3_K", "iq4_xs")  # with --only
+OURS = tuple(f"{name}-calibrated" for name in ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"))
+MIXES = ("mix-2.30", "mix-2.70", "mix-3.00")  # quantize --bits
+ROWS = ("bf16", "q8_0", "ccq2", WITH_IMATRIX, CALIBRATED, *OURS, *MIXES, *PEERS)
+USE_IMATRIX = (WITH_IMATRIX, *PEERS, *MORE_PEERS)
 
 EXPERTS, ROUTER = "_exps.", ".ffn_gate_inp."  # in the names of GGUF
 _NUMBER = r"(-?\d+\.\d+)"
@@ -149,15 +153,19 @@ def types_of(name: str) -> tuple[str, str]:
 
 def command_to_make(name: str, path: Path, options: argparse.Namespace) -> list[str | Path]:
     """The command that writes a row's file; from bf16.gguf, imatrix.gguf and calibration.txt beside it."""
-    if name == CALIBRATED:
+    if name in (CALIBRATED, *OURS, *MIXES):
         text = path.with_name("calibration.txt")
         more = ["--threads", str(options.threads), *shlex.split(options.quantize_args)]
+        if name in OURS:
+            more += ["--tensor-type", f"_exps={types_of(name)[0]}"]
+        elif name in MIXES:
+            more += ["--bits", name.removeprefix("mix-")]
         return [our_command(), "quantize", options.checkpoint, "--calibration", text, "--outfile", path, *more]
     imatrix, source = path.with_name("imatrix.gguf"), path.with_name("bf16.gguf")
     tool = [options.llama_cpp / "llama-quantize", "--imatrix", imatrix]
     if name == WITH_IMATRIX:
         return [*tool, source, path, "CCQ2", str(options.threads)]
-    if name not in PEERS:
+    if name not in (*PEERS, *MORE_PEERS):
         return [our_command(), "convert", options.checkpoint, "--outtype", name, "--outfile", path]
     types = ["--tensor-type", f"ffn_(gate|up|down)_exps={name}"]
     types += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
@@ -173,7 +181,8 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> tuple[GgufFile
     if name in USE_IMATRIX:
         check_imatrix_was_used(output)
     file = read_gguf(path)
-    check_types(file, *types_of(name))
+    if name not in MIXES:
+        check_types(file, *types_of(name))
     return file, seconds
 
 
@@ -252,6 +261,31 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+def curve(rows: Sequence[Row]) -> bytes:
+    """A PNG: KL divergence (logarithmic) against bits per weight of the experts; a line for what is calibrated here."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only the picture needs it
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    ours = sorted((r for r in rows if r.name in (CALIBRATED, *OURS, *MIXES)), key=lambda row: row.expert_bits)
+    peers = sorted((r for r in rows if r.name in USE_IMATRIX), key=lambda row: row.expert_bits)
+    for each, label, style in ((ours, "ernie-gguf quantize", "o-"), (peers, "llama-quantize with imatrix", "s--")):
+        axes.plot([row.expert_bits for row in each], [row.divergence.kld for row in each], style, label=label)
+        for row in each:
+            place = (row.expert_bits, row.divergence.kld)
+            axes.annotate(
+                row.name.removesuffix("-calibrated"), place, fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight of the experts")
+    axes.set_ylabel("KL divergence from bf16")
+    axes.grid(color="#dddddd")
+    axes.legend(frameon=False)
+    out = BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
 def files_of(texts: Sequence[Path]) -> list[Path]:
     """Files as they are given, for each folder the Python files in it."""
     return [file for text in texts for file in (sorted(text.rglob("*.py")) if text.is_dir() else [text])]
@@ -287,10 +321,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--context", type=positive, default=512, help="tokens (default: %(default)s)")
     add_llama_cpp(parser)
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="TYPE", help=" ".join(ROWS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=(*ROWS, *MORE_PEERS),
+        default=list(ROWS),
+        metavar="TYPE",
+        help=" ".join((*ROWS, *MORE_PEERS)),
+    )
     parser.add_argument(
         "--quantize-args", default="", metavar="ARGS", help='more for ernie-gguf quantize: --quantize-args="--device …"'
     )
+    parser.add_argument("--picture", type=Path, help="draw KL divergence against the experts' bits to this PNG")
     add_threads(parser)
     add_folder(parser, "see above")
     return parser
@@ -320,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "quantize_args": options.quantize_args,
         "rows": rows,
     }
+    if options.picture:
+        options.picture.write_bytes(curve(rows))
     names = ", ".join(path.name for path in options.evaluate)
     title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {names}"
     report(results, table_of(rows, title), options, page=f"Quality: {options.checkpoint.name}")

@@ -162,7 +162,7 @@ def output_path(job: Job, outfile: Path | None) -> Path:
         if outfile.resolve() == job.source.resolve():
             raise OutputError("the current folder is the checkpoint, which is left as it is: give --outfile")
     if outfile.is_dir():
-        return outfile / f"{model_name(job.source)}-{job.plan.outtype.value.upper()}.gguf"
+        return outfile / f"{model_name(job.source)}-{job.plan.label or job.plan.outtype.value.upper()}.gguf"
     return outfile
 
 

@@ -22,8 +22,8 @@ from .checkpoint.vocab import Vocab
 from .expected import Role
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.reader import value_offset
-from .gguf_file.types import K_ORDER_KEY, LAYOUT_KEY, LAYOUT_VERSION, GgmlType
-from .plan import Plan
+from .gguf_file.types import K_ORDER_KEY, LAYOUT_KEY, LAYOUT_VERSION, MIX_KEY, GgmlType
+from .plan import Plan, TensorPlan
 
 VISION_WIDTH_KEY = "{arch}.expert_vision_feed_forward_length"
 VISION_TOKENS_KEY = "{arch}.vision_token_range"  # first and last id
@@ -38,6 +38,28 @@ FILE_TYPES: dict[Outtype, int] = {
     Outtype.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     Outtype.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     Outtype.CCQ2: GgmlType.CCQ2,
+}
+
+
+# The same for types that only mixes have.
+MIX_FILE_TYPES: dict[GgmlType, int] = {
+    GgmlType.F32: LlamaFileType.ALL_F32,
+    GgmlType.F16: LlamaFileType.MOSTLY_F16,
+    GgmlType.BF16: LlamaFileType.MOSTLY_BF16,
+    GgmlType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GgmlType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GgmlType.Q2_0: 41,  # gguf-py 0.19 does not know it
+    GgmlType.Q2_K: LlamaFileType.MOSTLY_Q2_K,
+    GgmlType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
+    GgmlType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    GgmlType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    GgmlType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    GgmlType.IQ2_XXS: LlamaFileType.MOSTLY_IQ2_XXS,
+    GgmlType.IQ2_XS: LlamaFileType.MOSTLY_IQ2_XS,
+    GgmlType.IQ2_S: LlamaFileType.MOSTLY_IQ2_S,
+    GgmlType.IQ3_XXS: LlamaFileType.MOSTLY_IQ3_XXS,
+    GgmlType.IQ3_S: LlamaFileType.MOSTLY_IQ3_S,
+    GgmlType.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
 }
 
 
@@ -140,6 +162,22 @@ def write_layout(writer: GGUFWriter, plan: Plan) -> None:
         writer.add_uint32(LAYOUT_KEY, LAYOUT_VERSION)
 
 
+def mixed(plan: Plan) -> list[TensorPlan]:
+    """The tensors whose types a mix chooses: all matrices but the router."""
+    return [tensor for tensor in plan.tensors if tensor.role is not Role.EXACT]
+
+
+def _file_type(plan: Plan) -> int:
+    """Of a mix, the type that most of the experts' weights have, as llama.cpp names it."""
+    if not plan.label or any(tensor.ggml_type is GgmlType.CCQ2 for tensor in plan.tensors):
+        return FILE_TYPES[plan.outtype]
+    weights: dict[GgmlType, int] = {}
+    for tensor in plan.tensors:
+        if tensor.is_expert:
+            weights[tensor.ggml_type] = weights.get(tensor.ggml_type, 0) + tensor.elements
+    return MIX_FILE_TYPES[max(weights, key=lambda each: weights[each])]
+
+
 def write_k_order(writer: GGUFWriter, plan: Plan) -> None:
     """Name the order of the residual stream where it is not the model's own."""
     if plan.absorbed:
@@ -174,9 +212,11 @@ def write_metadata(
     for setting, value in (sampling or {}).items():
         getattr(writer, f"add_sampling_{setting}")(value)
     writer.add_size_label(_size_label(config, plan))
-    writer.add_file_type(FILE_TYPES[plan.outtype])
+    writer.add_file_type(_file_type(plan))
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_layout(writer, plan)
+    if plan.label:
+        writer.add_array(MIX_KEY, [f"{tensor.name}={tensor.ggml_type.name.lower()}" for tensor in mixed(plan)])
     if repacks_two_bits(plan):
         writer.add_uint32(INEXACT_KEY, 0)  # set when all rows are written
     write_k_order(writer, plan)

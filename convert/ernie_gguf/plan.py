@@ -1,7 +1,7 @@
 """Plan: which GGML type each tensor of the mapping gets. Pure; everything is known before the first byte is written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from .checkpoint.config import ErnieConfig
 from .checkpoint.k_order import KOrder
@@ -50,6 +50,7 @@ class TensorPlan(MappedTensor):
 class Plan:
     """All of one file, in the order of writing. `outtype` is never AUTO; `dropped` pairs tensors with reasons.
 
+    `label` names a mix of types, which has no outtype of its own.
     `absorbed`: its residual stream is in the stored order of shuffled 2-bit experts (see `reorder`).
     """
 
@@ -57,11 +58,26 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     dropped: tuple[tuple[TensorHeader, str], ...]
     absorbed: bool = False
+    label: str = ""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all output tensors, without header and padding."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+# What a tensor gets whose rows do not fit its type: upstream's f16, or before that a type with smaller blocks.
+_FALLBACKS: dict[GgmlType, tuple[GgmlType, ...]] = {
+    **dict.fromkeys(GgmlType, (GgmlType.F16,)),
+    **dict.fromkeys((GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K), (GgmlType.Q8_0, GgmlType.F16)),
+    **dict.fromkeys(
+        (
+            *(GgmlType.IQ2_XXS, GgmlType.IQ2_XS, GgmlType.IQ2_S, GgmlType.IQ3_XXS, GgmlType.IQ3_S, GgmlType.IQ4_XS),
+            *(GgmlType.Q2_0, GgmlType.Q2_K, GgmlType.Q3_K),
+        ),
+        (GgmlType.Q4_0, GgmlType.F16),
+    ),
+}
 
 
 def _native(parts: tuple[Part, ...]) -> set[GgmlType]:
@@ -83,10 +99,22 @@ def _type_of(tensor: MappedTensor, ggml_type: GgmlType, native: bool, problems: 
                 f"tensor {tensor.name}: rows of {k} weights do not fit ccq2, which needs a multiple of "
                 f"{block_size(ggml_type)}; use convert --outtype q8_0"
             )
-        note = f"rows of {k} are not a multiple of {block_size(ggml_type)}: f16 instead of {ggml_type.name.lower()}"
-        ggml_type = GgmlType.F16  # upstream's fallback
+        fallback = next(each for each in _FALLBACKS[ggml_type] if k % block_size(each) == 0)
+        note = (
+            f"rows of {k} are not a multiple of {block_size(ggml_type)}: {fallback.name.lower()} instead of "
+            f"{ggml_type.name.lower()}"
+        )
+        ggml_type = fallback
     mapped = {each.name: getattr(tensor, each.name) for each in fields(MappedTensor)}
     return TensorPlan(**mapped, ggml_type=ggml_type, note=note, row_order=tensor.head_order)
+
+
+def retype(plan: Plan, types: Mapping[str, GgmlType]) -> Plan:
+    """The plan with other types for tensors, by their names. Raises PlanError for rows that do not fit ccq2."""
+    problems: list[str] = []
+    tensors = tuple(_type_of(t, types[t.name], False, problems) if t.name in types else t for t in plan.tensors)
+    raise_plan_errors(problems)
+    return replace(plan, tensors=tensors)
 
 
 def resolve_auto(tensors: Mapping[str, TensorHeader]) -> Outtype:

@@ -1,6 +1,7 @@
 """What the commands print: rich tables for people, dictionaries for --json."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from .checkpoint.find_k_order import KOrderFinding
 from .checkpoint.k_order import KOrder
 from .convert import ConvertResult, Job
 from .gguf_file.reader import GgufFile
+from .gguf_file.types import MIX_KEY
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact
 from .units import human
@@ -271,6 +273,35 @@ def file_json(file: GgufFile) -> dict[str, Any]:
     }
 
 
+_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+
+
+def experts_by_layer(tensors: Iterable[tuple[str, str, int]]) -> Table | None:
+    """(name, type, bytes) of tensors -> the types of the experts, a row per run of layers that have the same.
+
+    None if there are no experts.
+    """
+    layers: dict[int, dict[str, str]] = {}
+    sizes: dict[int, int] = {}
+    for name, type_name, nbytes in tensors:
+        if match := _EXPERT.fullmatch(name):
+            layer = int(match[1])
+            layers.setdefault(layer, {})[match[2]] = type_name
+            sizes[layer] = sizes.get(layer, 0) + nbytes
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layers[runs[-1][-1]] == layers[layer]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    rows = table("layers", "gate", "up", "down", right("size"))
+    for run in runs:
+        types = (layers[run[0]].get(projection, "") for projection in ("gate", "up", "down"))
+        name = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+        rows.add_row(name, *types, human(sum(sizes[layer] for layer in run)))
+    return rows if runs else None
+
+
 def _brief(value: object) -> str:
     if isinstance(value, list) and len(value) > _LONG_LIST:
         return f"[{len(value)} values]"
@@ -289,9 +320,13 @@ def file_table(file: GgufFile) -> list[RenderableType]:
         bpw = f"{8 * tensor.nbytes / tensor.elements:.4g}"
         tensors.add_row(Text(tensor.name), _shape(tensor.ne), tensor.type_name, human(tensor.nbytes), bpw)
     types = by_type((tensor.type_name, tensor.elements, tensor.nbytes) for tensor in file.tensors)
+    experts = (
+        experts_by_layer((t.name, t.type_name, t.nbytes) for t in file.tensors) if MIX_KEY in file.metadata else None
+    )
     size = f"{human(_size_of(file))}, {_bpw(types):.4g} bits per weight"
     total = f"{file.path}: GGUF version {file.version}, {len(file.tensors)} tensors, {size}"
-    return [metadata, "", tensors, "", _types_table(types), "", Text(total)]
+    mix = [experts, ""] if experts else []
+    return [metadata, "", tensors, "", *mix, _types_table(types), "", Text(total)]
 
 
 def show(output: dict[str, Any] | Sequence[RenderableType]) -> None:

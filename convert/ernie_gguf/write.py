@@ -16,14 +16,16 @@ import numpy as np
 
 from .arrays import U8
 from .checkpoint.shards import ShardReader
+from .checkpoint.values import Values
 from .errors import EncodeError
 from .files import pwrite
-from .gguf_file.types import padded
+from .gguf_file.types import GgmlType, padded
 from .mapping import Part
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact, encode_values, with_columns
 from .workers import in_order
 
+EncodeValues = Callable[[Values, GgmlType], tuple[U8, Inexact]]
 Progress = Callable[[int], None]  # called with the number of output bytes just written, from any thread
 
 
@@ -83,14 +85,14 @@ def pieces(plan: Plan, data_offset: int) -> Iterator[Piece]:
                 yield piece
 
 
-def _write_piece(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
+def _write_piece(reader: ShardReader, fd: int, piece: Piece, encode: EncodeValues) -> Inexact:
     source = piece.part.source
     values = source.storage.read(reader, source, piece.row, piece.rows)
     order = piece.tensor.column_order
     if order:
         values = with_columns(values, order)
     try:
-        data, inexact = encode_values(values, piece.tensor.ggml_type)
+        data, inexact = encode(values, piece.tensor.ggml_type)
     except EncodeError as exc:
         column = exc.column // len(order) * len(order) + order[exc.column % len(order)] if order else exc.column
         raise EncodeError(piece.row + exc.row, column, exc.problem, source.name) from exc
@@ -117,8 +119,11 @@ def write_tensors(
     progress: Progress,
     *,
     skip: Callable[[TensorPlan], bool] = lambda _: False,
+    encode: EncodeValues = encode_values,
 ) -> dict[str, Inexact]:
     """Write a plan's tensors, except those to `skip`, to an open file; its data section begins at `data_offset`.
+
+    `encode` makes the bytes of rows: `quantize` brings types that `transform` does not know.
 
     Returns what exact repacks lost, by tensor, for the tensors that hold such.
     """
@@ -127,17 +132,21 @@ def write_tensors(
     with ShardReader() as reader:
         reader.open({path for tensor in plan.tensors for part in tensor.parts for path in part.source.paths})
         wanted = ((fd, piece) for piece in pieces(plan, data_offset) if not skip(piece.tensor))
-        return write_pieces(reader, wanted, threads, progress)
+        return write_pieces(reader, wanted, threads, progress, encode)
 
 
 def write_pieces(
-    reader: ShardReader, wanted: Iterable[tuple[int, Piece]], threads: int, progress: Progress
+    reader: ShardReader,
+    wanted: Iterable[tuple[int, Piece]],
+    threads: int,
+    progress: Progress,
+    encode: EncodeValues = encode_values,
 ) -> dict[str, Inexact]:
     """Write pieces, each to its open file, in any order; returns what exact repacks lost, by tensor."""
     inexact: dict[str, Inexact] = {}
 
     def written(fd: int, piece: Piece) -> tuple[Piece, Inexact]:
-        return piece, _write_piece(reader, fd, piece)
+        return piece, _write_piece(reader, fd, piece, encode)
 
     with ThreadPoolExecutor(threads) as executor:
         calls = (partial(written, fd, piece) for fd, piece in wanted)

@@ -63,7 +63,8 @@ def inputs() -> LayerInput:
 
 def encoder(matrices: Matrices, inputs: LayerInput) -> ExpertEncoder:
     kernels, _ = kernels_for("cpu")
-    return ExpertEncoder(matrices, LAYER, inputs, Pipeline(make_codebooks(THREE_MAPS[:2]), kernels, passes=1))
+    pipeline = Pipeline(make_codebooks(THREE_MAPS[:2]), kernels, passes=1)
+    return ExpertEncoder(matrices, LAYER, inputs, dict.fromkeys(("gate", "up", "down"), pipeline))
 
 
 def encode(matrices: Matrices, inputs: LayerInput, *experts: int) -> list[EncodedExpert]:

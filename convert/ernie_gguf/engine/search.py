@@ -8,7 +8,8 @@ from pathlib import Path
 from . import recipe, tools
 from .process import run
 
-SEARCH = Path(__file__).resolve().parents[1] / "ccq2" / "search.cpp"
+_PACKAGE = Path(__file__).resolve().parents[1]
+SEARCHES = (_PACKAGE / "ccq2" / "search.cpp", _PACKAGE / "stock" / "search.cpp")
 FLAGS = ("-std=c++17", "-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fPIC")
 LIBRARY = "libccq_search.so"
 
@@ -27,7 +28,7 @@ def compile_search(folder: Path) -> Path:
     plain = recipe.patch_dir() / "src" / "ggml" / "src" / "ggml-ccq-encode.cpp"
     compiler = str(tools.find("c++"))
     run([compiler, *FLAGS, "-ffp-contract=off", "-c", "-o", str(encoder), str(plain)], log, lambda _: None)
-    command = [compiler, *FLAGS, "-fno-math-errno", "-shared", "-o", str(library), str(SEARCH), str(encoder)]
+    command = [compiler, *FLAGS, "-fno-math-errno", "-shared", "-o", str(library), *map(str, SEARCHES), str(encoder)]
     run(command, log, lambda _: None)
     encoder.unlink()
     log.unlink()

@@ -19,7 +19,7 @@ from ..ccq2.rows import ccq2_row_size
 from ..errors import Ccq2Error, GgufError
 from ..recognise import HEAD_BYTES, refuse_other_files
 from .split import sibling_paths
-from .types import ALIGNMENT, LAYOUT_KEY, LAYOUT_VERSION, GgmlType, padded
+from .types import ALIGNMENT, LAYOUT_KEY, LAYOUT_VERSION, GgmlType, block_size, padded, row_size
 
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _STRING, _ARRAY = 8, 9
@@ -128,6 +128,10 @@ def _tensor_nbytes(where: str, type_id: int, ne: tuple[int, ...]) -> tuple[str, 
             return "ccq2", ccq2_row_size(ne[0]) * prod(ne[1:])
         except Ccq2Error as exc:
             raise GgufError(f"{where}: {exc}") from exc
+    if type_id == GgmlType.Q2_0:  # gguf-py 0.19 does not know it
+        if ne[0] % block_size(GgmlType.Q2_0):
+            raise GgufError(f"{where}: row length {ne[0]} is not a multiple of Q2_0's block of 64")
+        return "q2_0", prod(ne[1:]) * row_size(GgmlType.Q2_0, ne[0])
     try:
         known = GGMLQuantizationType(type_id)
     except ValueError as exc:

@@ -8,6 +8,7 @@ from ..ccq2.rows import CCQ2_BLOCK, ccq2_row_size
 
 LAYOUT_KEY = "ernie_gguf.ccq.layout"  # every file with a ccq2 tensor has it
 LAYOUT_VERSION = 1
+MIX_KEY = "ernie_gguf.mix.types"  # NAME=TYPE of every matrix of a mix but the router
 K_ORDER_KEY = "ernie_gguf.ccq.k_order"  # "shuffled" where the residual stream is in the stored order of 2-bit experts
 ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
 
@@ -19,7 +20,19 @@ class GgmlType(IntEnum):
     F16 = 1
     Q4_0 = 2
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
     BF16 = 30
+    Q2_0 = 42
     CCQ2 = 180
 
 
@@ -30,6 +43,18 @@ BLOCKS: dict[GgmlType, tuple[int, int]] = {
     GgmlType.BF16: (1, 2),
     GgmlType.Q4_0: (32, 18),
     GgmlType.Q8_0: (32, 34),
+    GgmlType.Q2_0: (64, 18),
+    GgmlType.Q2_K: (256, 84),
+    GgmlType.Q3_K: (256, 110),
+    GgmlType.Q4_K: (256, 144),
+    GgmlType.Q5_K: (256, 176),
+    GgmlType.Q6_K: (256, 210),
+    GgmlType.IQ2_XXS: (256, 66),
+    GgmlType.IQ2_XS: (256, 74),
+    GgmlType.IQ2_S: (256, 82),
+    GgmlType.IQ3_XXS: (256, 98),
+    GgmlType.IQ3_S: (256, 110),
+    GgmlType.IQ4_XS: (256, 136),
 }
 
 

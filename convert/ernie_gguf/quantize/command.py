@@ -16,11 +16,12 @@ from ..gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 
 if TYPE_CHECKING:
     from ..convert import Job
-    from ..plan import TensorPlan
+    from ..plan import Choices, TensorPlan
     from .kernels import Kernels
     from .report import QuantizeSummary
     from .run import QuantizeResult
     from .settings import Settings
+    from .target import Mix, MixRequest
     from .text import Calibration
 
 
@@ -29,6 +30,13 @@ OTHER_MODELS = (
     "`python BUILD_DIR/llama.cpp/convert_hf_to_gguf.py {source} --outtype bf16 --outfile bf16.gguf`, "
     "then `llama-quantize bf16.gguf ccq2.gguf CCQ2`"
 )
+
+
+class TypeSet(str, Enum):
+    """Which types a mix may use."""
+
+    ALL = "all"
+    STOCK = "stock"
 
 
 class Device(str, Enum):
@@ -60,6 +68,43 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     max_tokens: Annotated[
         int, typer.Option(min=64, help="Tokens to calibrate with; a longer text is sampled evenly.")
     ] = 262144,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The best file of at most this size: 80G, 7.5G (powers of 1000). Chooses a type for every tensor.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=16,
+            help="The best experts of at most so many bits per weight; the rest q8_0.",
+            show_default=False,
+        ),
+    ] = None,
+    types: Annotated[
+        TypeSet,
+        typer.Option(help="stock: only types that every llama.cpp reads; without a size, iq2_s for the experts."),
+    ] = TypeSet.ALL,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors whose name a regular expression finds, whatever else is asked for; repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    losses: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPORT",
+            help="An earlier run's --report: its errors say which layers need more bits.",
+            show_default=False,
+        ),
+    ] = None,
     maps: Annotated[
         int, typer.Option(min=1, max=16, help="Code maps tried on every row: 1 is three times as fast, 16 is better.")
     ] = 16,
@@ -96,6 +141,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
 ) -> None:
     """Quantize the experts of a checkpoint to ccq2 (2 bits), calibrated on TEXT; all other matrices to q8_0.
 
+    With --target-size, --bits, --types or --tensor-type to a mix of types.
     An interrupted run leaves OUTFILE.partial; the same command resumes it.
     """
     from ..convert import check_mmproj, output_path, prepare, projector_file
@@ -103,10 +149,12 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     from ..files import check_output
     from ..plan import choose
     from ..report import show
+    from .mix_report import mix_table
     from .needs import needs
     from .preview import Preview, check_source
     from .report import check_report_folder, summary_json, summary_table, write_report
     from .settings import Settings, choose_device
+    from .target import mix_json
     from .text import calibration_sequences
 
     choices = choose(token_embedding_type, output_tensor_type, vision_experts, mmproj_type)
@@ -114,6 +162,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         job = prepare(source, Outtype.CCQ2, text_only, choices, vision_tokens)
     except ArchitectureError as error:
         raise QuantizeError(f"{error}; {OTHER_MODELS.format(source=source)}") from error
+    mix = _mix(job, choices, _mix_request(target_size, bits, types, tensor_type), losses)
+    job = mix.job if mix else job
     settings = Settings(choose_device(device and device.value, torch_needed=not dry_run), threads, maps)
     check_source(job)
     path = output_path(job, outfile)
@@ -125,7 +175,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     text = calibration_sequences(calibration, job.source, job.vocab, length, max_tokens)
     preview = Preview(job, path, text, settings, needs(job.config, text.sequences.size, job.plan.nbytes, settings))
     if dry_run:
-        show(preview.json() if as_json else preview.lines())
+        plan = {"mix": mix_json(mix)} if mix else {}
+        show(preview.json() | plan if as_json else [*preview.lines(), *(["", *mix_table(mix)] if mix else [])])
         return
     from .progress import display  # these need torch
     from .run import run_quantize
@@ -142,6 +193,41 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
             write_report(report, summary)
     finally:
         show(summary_json(summary) if as_json else summary_table(summary))
+
+
+def _mix_request(
+    target_size: str | None, bits: float | None, types: TypeSet, tensor_type: list[str] | None
+) -> MixRequest:
+    """The options of a mix. Raises BadParameter."""
+    from .mix import parse_override
+    from .target import MixRequest, parse_target
+
+    if target_size is not None and bits is not None:
+        raise typer.BadParameter("give --target-size for the file or --bits for the experts, not both")
+    try:
+        target = None if target_size is None else parse_target(target_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--target-size") from error
+    try:
+        overrides = tuple(parse_override(each) for each in tensor_type or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tensor-type") from error
+    return MixRequest(target, bits, types is TypeSet.STOCK, overrides)
+
+
+def _mix(job: Job, choices: Choices, request: MixRequest, losses: Path | None) -> Mix | None:
+    """The mix that was asked for, if one was."""
+    from dataclasses import replace
+
+    from .preview import check_source
+    from .target import choose_mix, read_losses
+
+    if not request.any:
+        return None
+    check_source(job)
+    if losses is not None:
+        request = replace(request, losses=read_losses(losses, job.plan))
+    return choose_mix(job, request, choices.tensors)
 
 
 @contextmanager
@@ -200,6 +286,7 @@ def _summary(job: Job, text: Calibration, settings: Settings, result: QuantizeRe
         },
         matrices=result.matrices,
         tensor_bits_per_weight={tensor.name: bits([tensor]) for tensor in experts},
+        tensor_types={tensor.name: tensor.ggml_type.name.lower() for tensor in experts},
     )
 
 

@@ -263,6 +263,7 @@ class Pipeline:
     kernels: Kernels
     passes: int = PASSES
     percdamp: float = PERCDAMP
+    name = "ccq2"
 
     def encode(self, w: torch.Tensor, h: torch.Tensor) -> Encoded:
         """Encode w [B, N, K], N a multiple of 16, for inputs with the Hessians h [B, K, K].

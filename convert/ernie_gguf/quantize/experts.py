@@ -1,6 +1,6 @@
 """The experts of a layer: the Hessians of their inputs, their encoding, and their output once encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,8 @@ from torch.nn.functional import linear
 
 from ..arrays import U8
 from ..errors import ActivationError, EncodeError
-from .encoder import Encoded, Measured, Pipeline
+from .encoder import Encoded, Measured
+from .encoders import Encoder
 from .model import Weights, expert_hidden
 from .stats import MatrixStats
 
@@ -43,7 +44,7 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class EncodedExpert:
-    """One expert: ccq2 rows by projection, their errors, and its weighted output y [n, hidden] for `tokens` [n]."""
+    """One expert: rows of bytes by projection, their errors, and its weighted output y [n, hidden] for `tokens` [n]."""
 
     expert: int
     data: dict[str, U8]
@@ -80,14 +81,32 @@ class _ExpertInput:
     sample: torch.Tensor
 
 
-class ExpertEncoder:
-    """Encodes the experts of one layer, a few at a time."""
+@dataclass(frozen=True)
+class _Encoding:
+    """One projection of several experts: rows `start` … `end` of `encoded`."""
 
-    def __init__(self, weights: Weights, layer: int, inputs: LayerInput, pipeline: Pipeline) -> None:
+    encoded: Encoded
+    start: int
+    end: int
+
+    def data(self, b: int) -> U8:
+        return self.encoded.data[b][self.start : self.end]
+
+    def value(self, b: int) -> torch.Tensor:
+        return self.encoded.value[b, self.start : self.end]
+
+    def measure(self, b: int) -> Measured:
+        return self.encoded.measure(b, self.start, self.end)
+
+
+class ExpertEncoder:
+    """Encodes the experts of one layer, a few at a time; `encoders` are those of its projections."""
+
+    def __init__(self, weights: Weights, layer: int, inputs: LayerInput, encoders: Mapping[str, Encoder]) -> None:
         self._weights = weights
         self._layer = layer
         self._inputs = inputs
-        self._pipeline = pipeline
+        self._encoders = encoders
 
     def _load(self, projection: str, expert: int) -> torch.Tensor:
         name = f"blk.{self._layer}.ffn_{projection}_exps.weight"
@@ -98,7 +117,7 @@ class ExpertEncoder:
         raise EncodeError(
             row,
             column,
-            f"{w[row, column]:g} does not fit ccq2, which holds finite values only",
+            f"{w[row, column]:g} does not fit {self._encoders[projection].name}, which holds finite values only",
             f"{name}, expert {expert}",
         )
 
@@ -109,8 +128,8 @@ class ExpertEncoder:
         sample = inputs.sample() if len(tokens) < ENOUGH_TOKENS else inputs.h[:0].to(inputs.device)
         return _ExpertInput(expert, tokens, share.to(inputs.device), inputs.h[tokens].to(inputs.device), sample)
 
-    def _encode(self, projections: Sequence[str], inputs: Sequence[_ExpertInput]) -> Encoded:
-        """Encode several experts' matrices; an expert's projections share their inputs and are stacked."""
+    def _encode(self, projections: Sequence[str], inputs: Sequence[_ExpertInput]) -> dict[str, _Encoding]:
+        """Encode several experts' matrices; an expert's projections share their inputs, and are stacked in one type."""
         h = torch.stack([hessian(each.x, each.share, each.sample) for each in inputs])
         for each, finite in zip(inputs, torch.isfinite(h).all(2).all(1).tolist(), strict=True):
             if not finite:
@@ -118,8 +137,13 @@ class ExpertEncoder:
                     f"layer {self._layer}, expert {each.expert}: the inputs of {projections[0]}_proj are not finite "
                     "for the calibration text; the checkpoint's weights before it are damaged, or overflow float32"
                 )
-        w = [torch.cat([self._load(projection, each.expert) for projection in projections]) for each in inputs]
-        return self._pipeline.encode(torch.stack(w), h)
+        out: dict[str, _Encoding] = {}
+        for name in dict.fromkeys(self._encoders[projection].name for projection in projections):
+            together = [projection for projection in projections if self._encoders[projection].name == name]
+            w = [torch.cat([self._load(projection, each.expert) for projection in together]) for each in inputs]
+            encoded, rows = self._encoders[together[0]].encode(torch.stack(w), h), len(w[0]) // len(together)
+            out |= {p: _Encoding(encoded, i * rows, (i + 1) * rows) for i, p in enumerate(together)}
+        return out
 
     def _stats(self, projection: str, given: _ExpertInput, k: int, measured: Measured) -> MatrixStats:
         return MatrixStats(
@@ -137,22 +161,18 @@ class ExpertEncoder:
     def encode(self, experts: Sequence[int]) -> list[EncodedExpert]:
         """Encode gate and up, which share their inputs; then down, for what the encoded gate and up give it."""
         inputs = [self._input(expert) for expert in experts]
-        up_gate = self._encode(("gate", "up"), inputs)
-        _, rows, hidden = up_gate.value.shape
-        width = rows // 2
+        made = self._encode(("gate", "up"), inputs)
         down_inputs = []
-        for given, (gate, up) in zip(inputs, up_gate.value.unflatten(1, (2, width)), strict=True):
+        for b, given in enumerate(inputs):
+            gate, up = made["gate"].value(b), made["up"].value(b)
             x, sample = (expert_hidden(each, gate, up) for each in (given.x, given.sample))
             down_inputs.append(replace(given, x=x, sample=sample))
-        down = self._encode(("down",), down_inputs)
+        made |= self._encode(("down",), down_inputs)
+        columns = {p: self._inputs.h.shape[1] if p != "down" else down_inputs[0].x.shape[1] for p in made}
         out = []
         for b, given in enumerate(down_inputs):
-            data = {"gate": up_gate.data[b][:width], "up": up_gate.data[b][width:], "down": down.data[b]}
-            stats = (
-                self._stats("gate", given, hidden, up_gate.measure(b, 0, width)),
-                self._stats("up", given, hidden, up_gate.measure(b, width, rows)),
-                self._stats("down", given, width, down.measure(b, 0, hidden)),
-            )
-            y = linear(given.x, down.value[b]) * given.share[:, None]
+            data = {projection: each.data(b) for projection, each in made.items()}
+            stats = tuple(self._stats(p, given, columns[p], each.measure(b)) for p, each in made.items())
+            y = linear(given.x, made["down"].value(b)) * given.share[:, None]
             out.append(EncodedExpert(given.expert, data, stats, given.tokens, y))
         return out

@@ -15,12 +15,14 @@ import torch
 
 from ..ccq2.rows import GROUP
 
-BLOCK = 4  # weights of a code byte
+BLOCK = 4  # weights of a code byte of ccq2
 
 
 @dataclass(frozen=True)
 class Hessian:
     """Of B matrices, float32: h, feedback [B, K, K]; block_root, diag_root, diag_inverse [B, K/4, 4, 4].
+
+    Blocks of four are those of ccq2; other types have blocks of 1 or 8, see `factor`.
 
     h is damped; h = G Gᵀ with G upper triangular, and D are G's diagonal blocks.
 
@@ -37,8 +39,8 @@ class Hessian:
 
     def group(self, group: int) -> "GroupHessian":
         """The part between the 64 columns of one group."""
-        columns = slice(group * GROUP, (group + 1) * GROUP)
-        blocks = slice(columns.start // BLOCK, columns.stop // BLOCK)
+        columns, block = slice(group * GROUP, (group + 1) * GROUP), self.block_root.shape[-1]
+        blocks = slice(columns.start // block, columns.stop // block)
         small = (a[:, blocks] for a in (self.block_root, self.diag_root, self.diag_inverse))
         return GroupHessian(self.h[:, columns, columns], self.feedback[:, columns, columns], *small)
 
@@ -70,22 +72,22 @@ def damped(h: torch.Tensor, percdamp: float) -> torch.Tensor:
     return scaled
 
 
-def factor(h: torch.Tensor, percdamp: float) -> Hessian:
-    """Damp and factor sums of x xᵀ [B, K, K]."""
+def factor(h: torch.Tensor, percdamp: float, block: int = BLOCK) -> Hessian:
+    """Damp and factor sums of x xᵀ [B, K, K] for codewords of `block` weights."""
     h = damped(h, percdamp)
     lower = torch.linalg.cholesky(h.flip(1, 2))
     g = lower.flip(1, 2)  # upper triangular, h = g gᵀ
-    block_root = diagonal_blocks(g, BLOCK)
+    block_root = diagonal_blocks(g, block)
     b, k, _ = h.shape
-    columns = g.float().reshape(b, k, k // BLOCK, 1, BLOCK)
+    columns = g.float().reshape(b, k, k // block, 1, block)
     feedback = (columns @ torch.linalg.inv(block_root).float()[:, None]).reshape(b, k, k)
-    diagonal = diagonal_blocks(h, BLOCK)
+    diagonal = diagonal_blocks(h, block)
     diag_root, diag_inverse = torch.linalg.cholesky(diagonal), torch.linalg.inv(diagonal)
     return Hessian(h.float(), feedback, block_root.float(), diag_root.float(), diag_inverse.float())
 
 
-def identity(b: int, device: torch.device) -> GroupHessian:
+def identity(b: int, device: torch.device, block: int = BLOCK) -> GroupHessian:
     """H = I in every group: the cost is the squared error, and nothing is fed back."""
     eye = torch.eye(GROUP, device=device).expand(b, GROUP, GROUP)
-    small = torch.eye(BLOCK, device=device).expand(b, GROUP // BLOCK, BLOCK, BLOCK)
+    small = torch.eye(block, device=device).expand(b, GROUP // block, block, block)
     return GroupHessian(eye, eye, small, small, small)

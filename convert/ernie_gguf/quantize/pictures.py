@@ -170,7 +170,7 @@ def scale_histograms(tensors: Sequence[Group]) -> bytes:
     panels = figure.subplots(1, len(projections), sharey=True, squeeze=False)[0]
     for axes, projection in zip(panels, projections, strict=True):
         counts = np.sum([tensor.scales for tensor in tensors if tensor.projection == projection], axis=0)
-        axes.bar(range(16), 100 * counts / counts.sum(), color=_BARS, width=0.85)
+        axes.bar(range(16), 100 * counts / max(1, counts.sum()), color=_BARS, width=0.85)
         axes.set_title(projection, fontsize=10)
         axes.set_xlabel("group scale")
         axes.set_xticks([0, 3, 6, 9, 12, 15])

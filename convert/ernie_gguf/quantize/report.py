@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -38,6 +38,7 @@ class QuantizeSummary:
     settings: dict[str, object]  # what else decides the output: maps, passes, damping, sequence
     matrices: tuple[MatrixStats, ...]
     tensor_bits_per_weight: Mapping[str, float]  # by GGUF tensor, for each in `matrices`
+    tensor_types: Mapping[str, str] = field(default_factory=dict)  # the same; ccq2 where nothing is said
 
 
 def _number(value: float | None) -> float | None:
@@ -94,6 +95,7 @@ def summary_json(summary: QuantizeSummary) -> dict[str, Any]:
                 "name": group.tensor,
                 "layer": group.layer,
                 "projection": group.projection,
+                "type": summary.tensor_types.get(group.tensor, "ccq2"),
                 "bits_per_weight": summary.tensor_bits_per_weight[group.tensor],
                 **_group_json(group),
                 "experts": [_expert_json(matrix) for matrix in group.matrices],

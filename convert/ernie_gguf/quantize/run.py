@@ -16,20 +16,20 @@ from typing import Any
 import torch
 
 from ..arrays import I32
-from ..ccq2.code_maps import CODE_MAPS
 from ..checkpoint.config import MoeConfig
 from ..checkpoint.shards import ShardReader
 from ..convert import Job, file_header, model_name
 from ..errors import ActivationError, OutputError, QuantizeError
 from ..files import check_output, pwrite
+from ..gguf_file.types import GgmlType
 from ..write import data_nbytes, offsets, write_tensors
-from .encoder import Pipeline
+from .encoders import encode_rest, make_encoders
 from .experts import EncodedExpert, ExpertEncoder, LayerInput
-from .kernels import Kernels, make_codebooks
+from .kernels import Kernels
 from .model import Layer, Weights, embed
 from .needs import experts_at_once, fits_device
 from .settings import Settings
-from .stats import MatrixStats
+from .stats import PROJECTIONS, MatrixStats
 from .text import Calibration
 from .workers import Workers
 from .workspace import Workspace, partial_path
@@ -113,8 +113,8 @@ class _Run:
         self.weights = Weights(job.plan, reader, settings.device)
         self.work = work
         self.workers = workers
-        codebooks = make_codebooks(CODE_MAPS[: settings.maps], settings.device)
-        self.pipeline = Pipeline(codebooks, workers.stoppable(kernels), settings.passes, settings.percdamp)
+        self.types = {tensor.name: tensor.ggml_type for tensor in job.plan.tensors if tensor.is_expert}
+        self.encoders = make_encoders(self.types.values(), settings, kernels, workers)
 
     def layer(self, number: int, x: torch.Tensor, out: torch.Tensor) -> Iterator[EncodedExpert]:
         """Carry the activations x [S, L, hidden] through a layer into `out`; yield each expert once it is encoded."""
@@ -123,7 +123,9 @@ class _Run:
         inputs = None if layer.moe is None else self._inputs(len(flat_out), layer.moe)
         self._attention(layer, number, x, flat_out, inputs)
         if layer.moe is not None and inputs is not None:
-            encoder = ExpertEncoder(self.weights, number, inputs, self.pipeline)
+            types = {p: self.types[f"blk.{number}.ffn_{p}_exps.weight"] for p in PROJECTIONS}
+            encoders = {projection: self.encoders[ggml_type] for projection, ggml_type in types.items()}
+            encoder = ExpertEncoder(self.weights, number, inputs, encoders)
             total = torch.zeros_like(inputs.h) if inputs.h.is_cuda else flat_out
             for encoded in self._encoded(encoder, layer.moe.experts, inputs):
                 # An expert gets a token once, so no row is written twice.
@@ -256,7 +258,8 @@ def _all_layers(run: _Run, sequences: torch.Tensor, outfile: Path, listen: Liste
     if work.done == 0:
         writer = file_header(job, [job.plan], 0)
         writer.add_uint32(TOKENS_KEY, sequences.numel())
-        writer.add_uint32(MAPS_KEY, run.settings.maps)
+        if GgmlType.CCQ2 in run.types.values():
+            writer.add_uint32(MAPS_KEY, run.settings.maps)
         work.begin_model(writer, data_nbytes(job.plan))
     with work.open_model() as fd:
         if work.done == 0:
@@ -267,6 +270,7 @@ def _all_layers(run: _Run, sequences: torch.Tensor, outfile: Path, listen: Liste
                 run.settings.threads,
                 lambda _: None,
                 skip=lambda tensor: tensor.is_expert,
+                encode=encode_rest,
             )
             _embed(run, sequences, torch.from_numpy(work.activations(0, shape, new=True)))
         else:

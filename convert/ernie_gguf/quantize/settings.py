@@ -15,6 +15,7 @@ from ..errors import ExtraError
 
 if TYPE_CHECKING:
     from .kernels import Kernels
+    from .stock_kernels import StockKernels
 
 PASSES = 5  # of coordinate descent; more gained nothing
 PERCDAMP = 0.3  # added to the diagonal of the Hessian, whose mean is 1
@@ -51,6 +52,18 @@ def choose_device(wanted: str | None, torch_needed: bool) -> str:
     if wanted == "cuda" and not gpu:
         raise ExtraError("--device cuda: this torch sees no GPU; install a torch with CUDA, or give --device cpu")
     return wanted or ("cuda" if gpu else "cpu")
+
+
+def stock_kernels_for(device: str) -> StockKernels:
+    """The fastest kernels for llama.cpp's own types that work on a device."""
+    library = native.library()
+    if device == "cpu" and library is not None and hasattr(library, "stock_feedback_group"):  # else ccq2 alone
+        from .stock_cpu import CpuStockKernels
+
+        return CpuStockKernels(library)
+    from .stock_torch import TorchStockKernels
+
+    return TorchStockKernels()
 
 
 def kernels_for(device: str) -> tuple[Kernels, str]:

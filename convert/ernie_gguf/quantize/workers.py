@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch
 
+from ..stock.types import StockType
 from ..workers import in_order
 from .hessian import GroupHessian
 from .kernels import Codebooks, Kernels, RowGroup
+from .stock_kernels import StockGroup, StockKernels
 
 T = TypeVar("T")
 
@@ -49,10 +51,19 @@ class Workers:
         """The same kernels, which stop between two groups of columns: a group takes a second, an expert minutes."""
         return _Stoppable(kernels, self._stopped)
 
+    def stoppable_stock(self, kernels: StockKernels) -> StockKernels:
+        """The same for llama.cpp's types."""
+        return _StoppableStock(kernels, self._stopped)
+
 
 def _without_gradients(call: Callable[[], T]) -> T:
     with torch.inference_mode():  # the mode is per thread
         return call()
+
+
+def _check(stopped: Event) -> None:
+    if stopped.is_set():
+        raise _StoppedError
 
 
 class _Stoppable:
@@ -60,20 +71,34 @@ class _Stoppable:
         self._kernels = kernels
         self._stopped = stopped
 
-    def _check(self) -> None:
-        if self._stopped.is_set():
-            raise _StoppedError
-
     def feedback_group(
         self, rows: RowGroup, target: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
         """See Kernels."""
-        self._check()
+        _check(self._stopped)
         self._kernels.feedback_group(rows, target, hessian, codebooks, cost)
 
     def descend_group(
         self, rows: RowGroup, eh: torch.Tensor, hessian: GroupHessian, codebooks: Codebooks, cost: torch.Tensor
     ) -> None:
         """See Kernels."""
-        self._check()
+        _check(self._stopped)
         self._kernels.descend_group(rows, eh, hessian, codebooks, cost)
+
+
+class _StoppableStock:
+    def __init__(self, kernels: StockKernels, stopped: Event) -> None:
+        self._kernels = kernels
+        self._stopped = stopped
+
+    def feedback_group(
+        self, kind: StockType, rows: StockGroup, target: torch.Tensor, hessian: GroupHessian, cost: torch.Tensor
+    ) -> None:
+        """See StockKernels."""
+        _check(self._stopped)
+        self._kernels.feedback_group(kind, rows, target, hessian, cost)
+
+    def descend_group(self, kind: StockType, rows: StockGroup, eh: torch.Tensor, hessian: GroupHessian) -> None:
+        """See StockKernels."""
+        _check(self._stopped)
+        self._kernels.descend_group(kind, rows, eh, hessian)

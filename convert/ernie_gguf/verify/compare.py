@@ -4,7 +4,7 @@ The mapping says which source belongs to which tensor; `decode` decodes every va
 differs by no more than its type explains, or is a mismatch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,12 +17,13 @@ from ..checkpoint.k_order import GROUP, KOrder
 from ..checkpoint.shards import ShardReader
 from ..errors import GgufError
 from ..gguf_file.reader import GgufFile, GgufTensor
-from ..gguf_file.types import K_ORDER_KEY
+from ..gguf_file.types import K_ORDER_KEY, MIX_KEY
 from ..mapping import MappedTensor, Part, TensorMap
 from ..workers import in_order
 from . import decode
 
 _CHUNK_VALUES = 4 << 20  # weights compared at once: some ten float32 and int64 arrays of that size per thread
+FEW_BITS = ("ccq2", "q2_0", *decode.BY_GGUF_PY)  # values may be off by more than half a step: see _lossy_rows
 _NONE = np.float32(0)
 Tolerance = F32 | np.float32  # of each value, or of all
 _SEARCH = 64  # how far around code_scale * 2^17 an exact M is looked for before a missed code counts as explained
@@ -33,7 +34,8 @@ class Finding:
     """What comparing some rows gave; findings of a tensor add up.
 
     `explained` counts differing values that the type accounts for, `wrong` the others. `missed_rows` have no exact
-    integer code map, `rounded_rows` a scale that f16 cannot hold.
+    integer code map, `rounded_rows` a scale that f16 cannot hold. `square` and `square_error` are the sums of W² and
+    (W - Ŵ)² of rows in a type of few bits, 0 of others.
     """
 
     values: int = 0
@@ -43,6 +45,8 @@ class Finding:
     relative: float = 0.0
     missed_rows: int = 0
     rounded_rows: int = 0
+    square: float = 0.0
+    square_error: float = 0.0
     problem: str = ""
 
     def __add__(self, other: "Finding") -> "Finding":
@@ -54,6 +58,8 @@ class Finding:
             max(self.relative, other.relative),
             self.missed_rows + other.missed_rows,
             self.rounded_rows + other.rounded_rows,
+            self.square + other.square,
+            self.square_error + other.square_error,
             self.problem or other.problem,
         )
 
@@ -203,15 +209,22 @@ def _compare(reader: ShardReader, file: GgufFile, tensor: GgufTensor, chunk: "_C
         tolerated, extra = _tolerated(reader, chunk, data, type_name, k)
         counted += extra
         wrong = int((error > tolerated).sum())
-    elif type_name == "ccq2":
-        wrong = _lossy_ccq2(expected, found, error)
+    elif type_name in FEW_BITS or (type_name == "q4_0" and chunk.calibrated):
+        wrong = _lossy_rows(expected, found, error)
+        counted += _squares(expected, error)
     else:
         wrong = int((error > _bound(expected, type_name)).sum())
     differing = int((~same).sum())
     return counted + Finding(0, differing - wrong, wrong, float(error.max()), float(ratio.max()))
 
 
-def _lossy_ccq2(expected: F32, found: F32, error: F32) -> int:
+def _squares(expected: F32, error: F32) -> Finding:
+    """The sums that a tensor's relative error is made of."""
+    power = float(np.square(expected, dtype=np.float64).sum())
+    return Finding(square=power, square_error=float(np.square(error, dtype=np.float64).sum()))
+
+
+def _lossy_rows(expected: F32, found: F32, error: F32) -> int:
     """How many values lie in rows of another direction or size than the source's.
 
     The plain encoder's rows have a cosine of 0.9 or more, the calibrated one's go down to 0.65 where few inputs say
@@ -235,9 +248,10 @@ class _Chunk:
     slow: int = 0  # pairs of it that turn by time
     rows_moved: bool = False  # the file has each 64 rows in stored order
     move: Callable[[AnyArray], AnyArray] | None = None  # what takes the source's columns to where the file has them
+    calibrated: bool = False  # in a mix q4_0 is not rounded to nearest
 
 
-def _chunks(tensor: MappedTensor, orders: Orders) -> Iterator[_Chunk]:
+def _chunks(tensor: MappedTensor, orders: Orders, calibrated: bool) -> Iterator[_Chunk]:
     step = max(1, _CHUNK_VALUES // tensor.shape[-1])
     step = step // GROUP * GROUP or GROUP
     head, slow = len(tensor.head_order), 0
@@ -250,25 +264,35 @@ def _chunks(tensor: MappedTensor, orders: Orders) -> Iterator[_Chunk]:
         move = decode.column_mover(part.source, orders.source_shuffled, orders.file_shuffled)
         for row in range(part.row, part.row + part.rows, step):
             rows = min(step, part.row + part.rows - row)
-            yield _Chunk(part, row, rows, at, tensor.shape[-1], head, slow, rows_moved, move)
+            yield _Chunk(part, row, rows, at, tensor.shape[-1], head, slow, rows_moved, move, calibrated)
             at += rows
 
 
-def _mismatch(tensor: GgufTensor | None, mapped: MappedTensor) -> str:
+def planned_types(file: GgufFile) -> dict[str, str]:
+    """The types that a mix gives its tensors, by the file's own metadata; nothing if it is no mix."""
+    entries = file.metadata.get(MIX_KEY, [])
+    if not isinstance(entries, list) or not all(isinstance(each, str) and "=" in each for each in entries):
+        raise GgufError(f"{file.path}: {MIX_KEY} is damaged: expected a list of NAME=TYPE")
+    return dict(each.rsplit("=", 1) for each in entries)
+
+
+def _mismatch(tensor: GgufTensor | None, mapped: MappedTensor, planned: Mapping[str, str]) -> str:
     """Why a tensor cannot be compared at all, if so."""
     if tensor is None:
         return "missing from the GGUF"
     ne = tuple(reversed(mapped.file_shape or mapped.shape))
     if tensor.ne not in (ne, (*ne, 1)):
         return f"ne is {list(tensor.ne)}, expected {list(ne)}"
+    if tensor.type_name != planned.get(tensor.name, tensor.type_name):
+        return f"type {tensor.type_name}, but the file's own plan says {planned[tensor.name]}"
     if tensor.type_name not in decode.GGUF_DECODERS:
         return f"type {tensor.type_name} is not one that ernie-gguf writes"
     return ""
 
 
-def _unread(mapped: MappedTensor, tensor: GgufTensor | None) -> Verdict:
+def _unread(mapped: MappedTensor, tensor: GgufTensor | None, planned: Mapping[str, str]) -> Verdict:
     """The verdict before any weight is compared: fine so far, or why it cannot be compared."""
-    problem, type_name = _mismatch(tensor, mapped), tensor.type_name if tensor else ""
+    problem, type_name = _mismatch(tensor, mapped, planned), tensor.type_name if tensor else ""
     if mapped.computed:
         return Verdict(mapped.name, "computed", type_name, True, Finding(problem=problem))
     source = mapped.parts[0].source
@@ -300,8 +324,8 @@ def verify(
     `progress` is called with the number of weights compared. Memory is bounded by threads times a chunk.
     """
     mapping, orders = tuple(wanted), orders_of(file, k_order)
-    tensors = {tensor.name: tensor for tensor in file.tensors}
-    verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name)) for mapped in mapping}
+    tensors, planned = {tensor.name: tensor for tensor in file.tensors}, planned_types(file)
+    verdicts = {mapped.name: _unread(mapped, tensors.get(mapped.name), planned) for mapped in mapping}
 
     def compared(mapped: MappedTensor, chunk: _Chunk) -> tuple[str, Finding]:
         return mapped.name, _compare(reader, file, tensors[mapped.name], chunk)
@@ -313,7 +337,8 @@ def verify(
             if mapped.computed:
                 found = _compare_computed(file, tensors[mapped.name], mapped)
                 verdicts[mapped.name] = replace(verdicts[mapped.name], finding=found)
-        calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in _chunks(mapped, orders))
+        chunks = partial(_chunks, orders=orders, calibrated=bool(planned))
+        calls = (partial(compared, mapped, chunk) for mapped in comparable for chunk in chunks(mapped))
         with closing(in_order(calls, executor, 2 * threads)) as results:
             for name, found in results:
                 verdicts[name] = replace(verdicts[name], finding=verdicts[name].finding + found)

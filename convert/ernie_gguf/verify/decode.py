@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from ..arrays import F32, I16, I64, U8, AnyArray
 from ..checkpoint.shards import ShardReader, TensorHeader
@@ -224,6 +226,24 @@ def _ccq2(data: U8, k: int) -> F32:
     return _decoded(windows(codes), data[:, 16 : 16 + k // 4], packed, d)
 
 
+def _q2_0(data: U8, k: int) -> F32:
+    """gguf-py 0.19 does not know it: 64 weights of two bits behind their scale, the first lowest, less one."""
+    q, d = _blocks(data, 18)
+    values = (q[..., None] >> np.arange(0, 8, 2) & 3).astype(np.float32) - 1
+    return (values.reshape(*q.shape[:2], 64) * d).reshape(len(data), k)
+
+
+def _by_gguf_py(name: str) -> Callable[[U8, int], F32]:
+    def decoded(data: U8, _k: int) -> F32:
+        values: F32 = dequantize(data, GGMLQuantizationType[name.upper()])
+        return values
+
+    return decoded
+
+
+# Types that only mixes have: llama.cpp's other ones.
+BY_GGUF_PY = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+
 # ggml type -> its decoder: the types that ernie-gguf writes
 GGUF_DECODERS: dict[str, Callable[[U8, int], F32]] = {
     "f32": lambda data, _: data.view("<f4").astype(np.float32),
@@ -232,6 +252,8 @@ GGUF_DECODERS: dict[str, Callable[[U8, int], F32]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "ccq2": _ccq2,
+    "q2_0": _q2_0,
+    **{name: _by_gguf_py(name) for name in BY_GGUF_PY},
 }
 
 

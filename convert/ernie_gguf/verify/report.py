@@ -1,6 +1,7 @@
 """What `verify` prints: a table and three sentences for people, a dictionary for --json."""
 
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Any
 
 from rich.console import RenderableType
@@ -23,13 +24,18 @@ def _said(verdict: Verdict) -> str:
     if not found.explained:
         return "exact"
     if not verdict.exact:
-        return "rounded"
+        return "rounded" if (error := rms_error(found)) is None else f"quantized, relative error {error:.3g}"
     reasons = []
     if found.missed_rows:
         reasons.append(f"{found.missed_rows} rows without an integer code map")
     if found.rounded_rows:
         reasons.append(f"{found.rounded_rows} scales rounded to f16")
     return "exact but for " + " and ".join(reasons)
+
+
+def rms_error(found: Finding) -> float | None:
+    """|W - Ŵ| / |W| of a tensor in few bits; None of others."""
+    return sqrt(found.square_error / found.square) if found.square > 0 else None
 
 
 def _sum_of(verdicts: list[Verdict]) -> Finding:
@@ -62,7 +68,8 @@ def verdicts_json(file: GgufFile, verdicts: list[Verdict], orders: KOrders | Non
     """The result of `verify` for --json. An infinite difference is given as null."""
 
     def numbers(found: Finding) -> dict[str, Any]:
-        values = asdict(found)
+        values = {**asdict(found), "rms": rms_error(found)}
+        del values["square"], values["square_error"]
         return {key: None if value == float("inf") else value for key, value in values.items()}
 
     return {
@@ -95,7 +102,9 @@ def _word(verdict: Verdict) -> str:
     """A verdict in a word."""
     if not verdict.ok:
         return "MISMATCH"
-    return "exact" + "*" * (verdict.finding.explained > 0) if verdict.exact else "rounded"
+    if verdict.exact:
+        return "exact" + "*" * (verdict.finding.explained > 0)
+    return "rounded" if (error := rms_error(verdict.finding)) is None else f"rms {error:.3f}"
 
 
 def verdicts_table(file: GgufFile, verdicts: list[Verdict], orders: KOrders | None = None) -> list[RenderableType]:
