@@ -24,7 +24,7 @@ from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.transform import Inexact
 from ernie_gguf.verify.compare import Finding, Verdict
 from ernie_gguf.verify.report import verdicts_table
-from ernie_gguf.write import Piece
+from ernie_gguf.write import EncodeValues, Piece
 from reference.specimens import TINY
 from rich.console import Console
 from support.checkpoints import EXAMPLE, Spec, make
@@ -330,8 +330,8 @@ def test_signals(
 ) -> None:
     write_piece = execute._write_piece
 
-    def write_and_signal(reader: ShardReader, fd: int, piece: Piece) -> Inexact:
-        written = write_piece(reader, fd, piece)
+    def write_and_signal(reader: ShardReader, fd: int, piece: Piece, encode: EncodeValues) -> Inexact:
+        written = write_piece(reader, fd, piece, encode)
         if piece.tensor.name == "blk.1.attn_q.weight":
             os.kill(os.getpid(), number)
         return written

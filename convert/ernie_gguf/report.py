@@ -325,7 +325,7 @@ def file_table(file: GgufFile) -> list[RenderableType]:
     )
     size = f"{human(_size_of(file))}, {_bpw(types):.4g} bits per weight"
     total = f"{file.path}: GGUF version {file.version}, {len(file.tensors)} tensors, {size}"
-    mix = [experts, ""] if experts else []
+    mix: list[RenderableType] = [experts, ""] if experts else []
     return [metadata, "", tensors, "", *mix, _types_table(types), "", Text(total)]
 
 
