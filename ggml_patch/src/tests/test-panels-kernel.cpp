@@ -3,6 +3,7 @@
 //
 // usage: test-panels-kernel, linked with panels-kernel.cpp as compiled for the instruction set
 
+#include "ggml-ccq.h"
 #include "ggml-cpu.h"
 #include "panels-kernel.h"
 
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -30,12 +32,30 @@ static std::vector<float> normal(int64_t n, std::mt19937 & random) {
     return x;
 }
 
+// Any code map for a row of ccq2: whole words, fewer and fewer bits in the lower half of M down to none, and a Z
+// that is the lower half of M times more than 16 bits less a byte, which kernels that shift the codes for Z must see.
+static void random_map(uint8_t * row, int64_t r, std::mt19937 & random) {
+    uint32_t M = (uint32_t) random();
+    uint32_t Z = (uint32_t) random();
+    if (r % 3 == 1) {
+        M = (M & 0xffff0000) | (M << r / 3 % 17 & 0xffff);
+    } else if (r % 3 == 2) {
+        M |= 1;
+        Z = (Z & 0xffff0000) | ((0xffff - (uint32_t) random() % 255) * M & 0xffff);
+    }
+    memcpy(row + offsetof(ccq_row_header, M), &M, sizeof(M));
+    memcpy(row + offsetof(ccq_row_header, Z), &Z, sizeof(Z));
+}
+
 // what is beyond the last row may be fetched, never read
 static matrix random_matrix(const problem & p, std::mt19937 & random) {
     const std::vector<float> weights = normal(p.k * p.rows, random);
     matrix                   m       = { std::vector<uint8_t>(ggml_row_size(p.type, p.k) * p.rows), weights };
     ggml_quantize_chunk(p.type, weights.data(), m.rows.data(), 0, p.rows, p.k, nullptr);
     for (int64_t r = 0; r < p.rows; ++r) {
+        if (p.type == GGML_TYPE_CCQ2) {
+            random_map(m.rows.data() + r * ggml_row_size(p.type, p.k), r, random);
+        }
         ggml_get_type_traits(p.type)->to_float(m.rows.data() + r * ggml_row_size(p.type, p.k), m.decoded.data() + r * p.k, p.k);
     }
     return m;

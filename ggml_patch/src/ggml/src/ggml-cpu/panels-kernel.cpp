@@ -31,10 +31,11 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "panels-avx512.h"
 #define PANELS
-#define PANELS_FEW
+#define PANELS_FEW_AVX512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "panels-avx2.h"
 #define PANELS
+#define PANELS_FEW_AVX2
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #include "panels-neon.h"
 #define PANELS
@@ -298,8 +299,10 @@ struct panel_ccq2 {
     }
 };
 
-#if defined(PANELS_FEW)
-#include "panels-few.h"
+#if defined(PANELS_FEW_AVX512)
+#include "panels-few-avx512.h"
+#elif defined(PANELS_FEW_AVX2)
+#include "panels-few-avx2.h"
 #else
 static constexpr panel_few FEW_Q8_0 = {};
 static constexpr panel_few FEW_CCQ2 = {};
