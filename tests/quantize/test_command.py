@@ -126,12 +126,16 @@ def test_a_computer_with_too_little_memory(
     assert done.out.endswith("note: this computer has 409.6 MB of memory; give fewer --threads\n")
 
 
-def test_outfile_is_a_folder_or_absent(ernie_gguf: Command, text: Path, tmp_path: Path) -> None:
+def test_outfile_is_a_folder_or_absent(
+    ernie_gguf: Command, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, folder = make(tmp_path / "ERNIE-x", SMALL), tmp_path / "models"
     folder.mkdir()
+    monkeypatch.chdir(tmp_path)
     for options in ((), ("--outfile", folder)):
         done = ernie_gguf("quantize", source, "--calibration", text, *QUICK, *options, "--dry-run", "--json")
-        assert json.loads(done.out)["file"] == str((folder if options else source) / "ERNIE-x-CCQ2.gguf")
+        where = folder if options else tmp_path
+        assert Path(json.loads(done.out)["file"]).absolute() == where / "ERNIE-x-CCQ2.gguf"
 
 
 def test_report(quantize: Quantize, small: Path, tmp_path: Path) -> None:

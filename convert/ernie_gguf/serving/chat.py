@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ErnieGgufError, one_line
-from .model_file import check_model
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -69,6 +68,8 @@ def talk(
         ChatError: the file cannot be loaded.
     """
     from ernie_llama import Llama
+
+    from .model_file import check_model
 
     metadata = check_model(file, ChatError)
     try:

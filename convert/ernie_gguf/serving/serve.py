@@ -15,7 +15,6 @@ import typer
 
 from ..errors import ErnieGgufError, one_line
 from ..hub.names import as_name
-from .model_file import check_mmproj, check_model
 from .ready import ready
 
 SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
@@ -165,6 +164,8 @@ def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) 
     Raises:
         ServeError: `file` is not a GGUF file, or llama-server is not built.
     """
+    from .model_file import check_mmproj, check_model
+
     check_model(file, ServeError)
     if mmproj is not None:
         check_mmproj(mmproj, ServeError)
