@@ -24,17 +24,19 @@ from .llama_types import (
 class ChatResults:
     """Makes the result dictionaries of a chat completion."""
 
-    def __init__(self, completion: Completion, model_name: str, *, thinking: bool) -> None:
+    def __init__(self, completion: Completion, model_name: str, *, thinking: bool, begun: str = "") -> None:
+        """`thinking` says that the answer begins with reasoning, `begun` how it begins, if the prompt says that."""
         self._completion = completion
         self._id = f"chatcmpl-{uuid.uuid4()}"
         self._created = int(time.time())
         self._model_name = model_name
-        self._parser = OutputParser(thinking)
+        self._parser = OutputParser(thinking and not begun)
+        self._begun = [*self._parser.feed(begun)]
         self._n_calls = 0
 
     def response(self) -> CreateChatCompletionResponse:
         """The complete result."""
-        parts: list[OutputPart] = []
+        parts = [*self._begun]
         logprobs: list[TokenLogprobs] = []
         finish: FinishReason = "stop"
         for piece in self._completion.pieces():
@@ -60,6 +62,8 @@ class ChatResults:
     def chunks(self) -> Iterator[CreateChatCompletionStreamResponse]:
         """The role, then each part as it becomes final, then the finish reason."""
         yield self._chunk({"role": "assistant"}, [], None)
+        for part in self._begun:
+            yield self._chunk(self._delta(part), [], None)
         for piece in self._completion.pieces():
             logprobs = piece.logprobs
             for part in self._parts(piece):

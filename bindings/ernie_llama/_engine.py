@@ -410,8 +410,7 @@ def _unowned(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:  # noqa: ANN401 - as the method's
         bound = reference()
-        assert bound is not None, "who uses the engine keeps it alive"
-        return bound(*arguments)
+        return None if bound is None else bound(*arguments)
 
     return call
 

@@ -1,20 +1,39 @@
-"""Chat templates: render messages to a prompt with the Jinja template of the GGUF file."""
+"""Chat templates: render messages to a prompt with the Jinja template of the GGUF file, as llama-server does."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ._pictures import ImageLoader, picture_bytes
+from ._messages import Abilities, check, joined, normalized, normalized_tools
+from ._output import END_THINK, THINK
 from .llama_types import ChatCompletionRequestMessage, ChatCompletionTool
 
 if TYPE_CHECKING:
     import jinja2
 
 
-ROLES = ("system", "user", "assistant", "tool")
+class Prompt(NamedTuple):
+    """A rendered prompt.
+
+    Attributes:
+        text: all of it.
+        answer: its last part, with which the answer begins: the last message, if that is the assistant's.
+    """
+
+    text: str
+    answer: str
+
+    @property
+    def thinks(self) -> bool:
+        """Whether what follows is reasoning."""
+        if self.answer:
+            return self.answer.rfind(THINK) > self.answer.rfind(END_THINK)
+        return self.text.rstrip().endswith(THINK)
 
 
 class ChatTemplate:
@@ -49,82 +68,144 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt that asks for an answer to `messages`.
+        """As `prompt`, without what tells where the answer begins."""
+        return self.prompt(messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables).text
+
+    def prompt(
+        self,
+        messages: Sequence[ChatCompletionRequestMessage],
+        *,
+        tools: Sequence[ChatCompletionTool] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt that asks for an answer to `messages`, or to continue a last message of the assistant's.
 
         Args:
             messages: dictionaries with a role and a content, which is text or a list of text parts.
             tools: what the model may call.
-            add_generation_prompt: end with the start of an answer.
+            add_generation_prompt: end with the start of an answer; False renders all messages as they are.
             variables: more variables for the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: the template refuses the messages, or the content of a message is not text.
+            TypeError: the messages are no list of dictionaries.
+            ValueError: the template refuses the messages, or one is not what it should be.
         """
+        check(messages)
+        values = self._values(tools, variables)
+        if not add_generation_prompt or messages[-1]["role"] != "assistant":
+            plain = normalized(messages, self._abilities)
+            return Prompt(self._render(plain, values, add_generation_prompt), "")
+        if len(messages) > 1 and messages[-2]["role"] == "assistant":
+            raise ValueError("the last two messages are the assistant's: only one can be the beginning of the answer")
+        if messages[-1].get("tool_calls"):
+            raise ValueError("the last message, of the assistant, holds tool calls: no answer continues them")
+        plain = normalized(messages[:-1], self._abilities)
+        before = self._render(plain, values, False)
+        asking = self._render(plain, values, True)
+        begun = self._begun(asking[_shared(before, asking) :], messages[-1])
+        return Prompt(before + begun[0] + begun[1], begun[1])
+
+    def _begun(self, start: str, last: Mapping[str, Any]) -> tuple[str, str]:
+        """How an answer starts that the message `last` begins: what the template writes, and what the answer has."""
+        (plain,) = normalized([last], Abilities(parts=True))  # type: ignore[list-item]
+        content = plain["content"] if isinstance(plain["content"], str) else joined(plain["content"], "\n\n")
+        reasoning = plain.get("reasoning_content", "")
+        if not content and not reasoning:
+            return "", ""
+        around = self._reasoning or ((THINK, END_THINK) if self._switches or THINK in start else None)
+        if around is None:
+            return start, content
+        opening, closing = around
+        start = start.partition(opening)[0]
+        return start, opening + reasoning + (closing + content if content else "")
+
+    def _values(
+        self, tools: Sequence[ChatCompletionTool] | None, variables: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        now = datetime.now()
+        values: dict[str, Any] = {
+            **self._tokens,
+            "enable_thinking": self._reasoning is not None or self._switches,
+            "datetime": now.strftime("%b %d %Y"),
+            "date_string": now.strftime("%d %b %Y"),
+        }
+        if tools:  # templates ask whether it is defined
+            values["tools"] = normalized_tools(tools)
+        return values | dict(variables or {})
+
+    def _render(self, messages: list[dict[str, Any]], values: Mapping[str, Any], add_generation_prompt: bool) -> str:
         import jinja2
 
-        _check(messages)
-        values = {**self._tokens, "tools": list(tools) if tools else None, **(variables or {})}
+        start = {"add_generation_prompt": True} if add_generation_prompt else {}
         try:
-            return self._template.render(
-                messages=[_plain(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **values,
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: None + text, and the like
+            return self._template.render(messages=messages, **start, **values)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # TypeError: None + text, and the like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
+    # --- what the template reads, by what it makes of examples; llama.cpp's common/jinja/caps.cpp does so too
 
-def _check(messages: Sequence[ChatCompletionRequestMessage]) -> None:
-    """Check what a template would not: many write nothing for a role or a content that they do not know."""
-    if isinstance(messages, str | bytes | Mapping) or not all(isinstance(each, Mapping) for each in messages):
-        raise TypeError(
-            f'messages is {messages!r}, expected a list of dictionaries such as {{"role": "user", "content": "Hello"}}'
+    def _try(self, messages: list[dict[str, Any]], refused: str = "", **values: Any) -> str:  # noqa: ANN401
+        """What the template makes of an example; `refused` if it refuses it."""
+        try:
+            return self._render(messages, self._tokens | values, values.pop("start", True))
+        except (ValueError, ArithmeticError, LookupError, AttributeError):
+            return refused
+
+    @functools.cached_property
+    def _abilities(self) -> Abilities:
+        text = self._try([_USER])
+        part = self._try([{"role": "user", "content": [{"type": "text", "text": _TEXT}]}])
+        if _TEXT in text and self._try([{"role": "user", "content": []}], "REFUSED") == "REFUSED":
+            part = ""
+        system = self._try([{"role": "system", "content": "SYSTEM"}, _USER])
+        call = self._try(
+            [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, _RESULT, _ANSWER, _USER], tools=[_TOOL]
         )
-    if not messages:
-        raise ValueError("there are no messages to answer")
-    for i, message in enumerate(messages):
-        if (role := message.get("role")) not in ROLES:
-            raise ValueError(f"message {i} has the role {role!r}, expected one of {', '.join(ROLES)}")
-        if message.get("content") is None and role != "assistant":
-            raise ValueError(f"message {i}, of the {role}, has no content")
+        return Abilities(
+            text=_TEXT in text,
+            parts=_TEXT in part and not re.search(r"""['"]type['"]""", part),
+            system="SYSTEM" in system,
+            objects="ARGUMENT" in call,
+            developer="<|channel|>" in self.source,
+        )
+
+    @functools.cached_property
+    def _reasoning(self) -> tuple[str, str] | None:
+        """What stands before and after the reasoning of a message; None if the template does not write it."""
+        answer = {"role": "assistant", "content": "CONTENT", "reasoning_content": "REASONING"}
+        for after in ([], [_USER]):
+            text = self._try([_USER, answer, *after], start=False)
+            if found := re.search(r"(<[^<>]+>\s*)REASONING(\s*<[^<>]+>.*?)CONTENT", text, re.DOTALL):
+                return found[1], found[2]
+        return None
+
+    @functools.cached_property
+    def _switches(self) -> bool:
+        """Whether `enable_thinking` changes a marker of reasoning in the prompt."""
+        on, off = (self._try([_USER], enable_thinking=value).lower() for value in (True, False))
+        return on.count("think") != off.count("think")
 
 
-def without_pictures(
-    message: ChatCompletionRequestMessage, marker: str, loader: ImageLoader | None, found: list[bytes]
-) -> ChatCompletionRequestMessage:
-    """The message with text parts of `marker` in place of `image_url` parts, whose files are added to `found`.
-
-    Raises:
-        ValueError: a picture cannot be had, or a text contains the marker.
-    """
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if part.get("type") == "image_url":
-            found.append(picture_bytes(part.get("image_url"), loader))
-            parts.append({"type": "text", "text": marker})
-        else:
-            parts.append(part)
-    return {**message, "content": parts}
+def _shared(a: str, b: str) -> int:
+    """Length of the text that both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _plain(message: ChatCompletionRequestMessage) -> dict[str, Any]:
-    """The message with its content as one text: templates of text models know no parts."""
-    plain: dict[str, Any] = dict(message)
-    content = plain.get("content")
-    if content is None:
-        plain["content"] = ""
-    elif isinstance(content, list):
-        for part in content:
-            if part.get("type") != "text":
-                hint = ", without Llama(mmproj_path=...)" if part.get("type") == "image_url" else ""
-                raise ValueError(
-                    f"a message holds a part of type {part.get('type')!r}; this model reads text only{hint}"
-                )
-        plain["content"] = "".join(part["text"] for part in content)
-    return plain
+_TEXT = "TEXT"
+_USER: dict[str, Any] = {"role": "user", "content": _TEXT}
+_ANSWER: dict[str, Any] = {"role": "assistant", "content": "answer"}
+_RESULT: dict[str, Any] = {"role": "tool", "content": "result", "tool_call_id": "call00001"}
+_CALL: dict[str, Any] = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "tool1", "arguments": {"argument": "ARGUMENT"}},
+}
+_PARAMETERS = {"type": "object", "properties": {"argument": {"type": "string", "description": ""}}, "required": []}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "tool1", "description": "tool", "parameters": _PARAMETERS},
+}
 
 
 def _tojson(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _compat, _library, _options, _structs, _template
+from . import _compat, _library, _messages, _options, _structs
 from ._chat import ChatResults
 from ._chat_grammar import AnswerGrammar
 from ._compat import CompletionOptions, LlamaOptions
@@ -21,7 +21,7 @@ from ._context import Context
 from ._engine import Engine, LlamaState
 from ._log import LOG
 from ._model import Model
-from ._output import END_THINK, MARKERS, THINK
+from ._output import END_THINK, MARKERS
 from ._pictures import ImageLoader
 from ._sampling import Sampling, SamplingOptions
 from ._template import ChatTemplate
@@ -716,7 +716,7 @@ class Llama:
         `reasoning_content`, `content` and `tool_calls` of the message.
 
         Args:
-            messages: the conversation, with or without a leading system message.
+            messages: the conversation; a last message of the assistant's is the beginning of the answer.
             tools: what the model may call; passed to the template.
             tool_choice: "none" hides the tools; "required" or the name of a function forces a call.
             temperature: 0 or less is greedy.
@@ -738,11 +738,11 @@ class Llama:
         visible_tools = None if tool_choice == "none" else tools
         found: list[bytes] = []
         seen = self._without_pictures(messages, found)
-        prompt = self.apply_chat_template(seen, visible_tools, chat_template_kwargs=chat_template_kwargs)
+        prompt = self._template.prompt(seen, tools=visible_tools, variables=chat_template_kwargs)
         answer = AnswerGrammar.of(tools, tool_choice, response_format, options.pop("grammar", None))
-        thinks = answer.thinks(prompt.rstrip().endswith(THINK), self._template.source)
+        thinks = answer.thinks(prompt.thinks, self._template.source)
         completion = self._completion(
-            self._chat_tokens(prompt, found),
+            self._chat_tokens(prompt.text, found),
             self._sampling(options, temperature),
             max_tokens,
             stop,
@@ -752,7 +752,8 @@ class Llama:
         closing = self.tokenize(f"{END_THINK}\n\n".encode(), add_bos=False, special=True)
         completion.sampling = answer.sampling(completion.sampling, thinks, closing, completion.limit)
         completion.visible = self._markers
-        results = ChatResults(completion, model if model is not None else self.model_path, thinking=thinks)
+        name = model if model is not None else self.model_path
+        results = ChatResults(completion, name, thinking=thinks, begun=prompt.answer)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(
@@ -782,7 +783,7 @@ class Llama:
         """The messages with a marker for each picture, whose files are added to `found`."""
         if (eyes := self._engine.pictures.eyes) is None:
             return messages
-        return [_template.without_pictures(message, eyes.marker, self._image_loader, found) for message in messages]
+        return [_messages.without_pictures(each, eyes.marker, self._image_loader, found) for each in messages]
 
     def _chat_tokens(self, prompt: str, pictures: Sequence[bytes]) -> list[int]:
         """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""

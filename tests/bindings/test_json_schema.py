@@ -1,5 +1,7 @@
 """JSON schemas as grammars: llama.cpp itself decides which texts they allow."""
 
+# ruff: noqa: E501 - tables
+
 from __future__ import annotations
 
 import json
@@ -8,7 +10,8 @@ from typing import Any
 
 import pytest
 from ernie_llama import Llama
-from ernie_llama._json_schema import grammar, integer_range
+from ernie_llama._integer_range import integer_range
+from ernie_llama._json_schema import grammar
 from ernie_llama._sampler import Sampler
 from ernie_llama._sampling import Sampling
 from ernie_llama.llama_grammar import JSON_GBNF, LlamaGrammar
@@ -18,6 +21,8 @@ from hypothesis import strategies as st
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "number"}}, "required": ["x"]}
 TWO = {"type": "object", "properties": {"a": True, "b": True}}
 TREE = {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}}}
+
+MANY = {"properties": {f"p{i}": {"const": i} for i in range(200)}}
 
 # schema, texts that it allows, texts that it does not
 CASES: list[tuple[Any, list[str], list[str]]] = [
@@ -49,6 +54,18 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
     ({"anyOf": [{"type": "integer"}, {"type": "array"}]}, ["1", "[2]"], ['"x"']),
     ({"oneOf": [{"const": 1}, POINT], "title": "t", "description": "d"}, ["1", '{"x": 2}'], ["2"]),
     (TREE, ["[]", "[[], [[]]]"], ["[[], [], []]", "[1]"]),
+    ({"type": "integer", "enum": ["a", 1, 2.0, True]}, ["1", "2.0"], ['"a"', "true"]),
+    ({"type": ["string", "null"], "enum": ["a", 1, None]}, ['"a"', "null"], ["1"]),
+    ({"type": "number", "const": 1.5}, ["1.5"], ["1"]),
+    ({"minLength": 2, "maxLength": 2}, [r'"\u00e9\u20AC"'], [r'"\ud83d\ude00"', r'"\ud83d"']),
+    ({"format": "date"}, ['"2026-02-28"', '"2026-04-30"'], ['"2026-02-30"', '"2026-04-31"', '"2026-01-32"']),
+    ({"minLength": 1998, "maxLength": 2003}, [f'"{"a" * n}"' for n in (1998, 2000, 2003)], [f'"{"a" * 1997}"', f'"{"a" * 2004}"']),
+    ({"minLength": 2500}, [f'"{"a" * 2500}"', f'"{"a" * 3100}"'], [f'"{"a" * 2499}"']),
+    ({"items": {"const": 1}, "maxItems": 1500}, ["[]", f"[{','.join('1' * 1500)}]"], [f"[{','.join('1' * 1501)}]"]),
+    ({"type": "integer", "minimum": 1.0, "maximum": 2e0}, ["1", "2"], ["3"]),
+    ({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"type": "null"}}}, ["null"], ["1"]),
+    (MANY, ["{}", '{"p0":0}', '{"p199":199}', '{"p3":3, "p77":77, "p198":198}'], ['{"p1":1,"p0":0}', '{"p200":200}', '{"p0":0,"p0":0}']),
+    ({**MANY, "required": ["p7"]}, ['{"p7":7}', '{"p2":2,"p7":7,"p9":9}'], ["{}", '{"p2":2}', '{"p8":8}']),
 ]  # fmt: skip
 
 
@@ -86,33 +103,152 @@ def test_the_grammar_of_any_json(llm: Llama) -> None:
     assert allows(llm, LlamaGrammar.from_string(JSON_GBNF), '{"a": [1, true]}')
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
         (False, "JSON schema, #: found false, expected an object or true"),
         ({"type": "float"}, '#/type: found "float", expected one of object, array, string, number, integer'),
-        ({"type": "number", "minimum": 3}, "#: minimum cannot be expressed by the grammar; leave it out and check"),
+        (
+            {"type": "number", "minimum": 3},
+            "#/minimum: minimum cannot be expressed by the grammar; leave it out and check",
+        ),
         ({"type": "integer", "minimum": 3.5}, "#/minimum: found 3.5, expected an integer"),
         ({"type": "integer", "minimum": 3, "exclusiveMaximum": 3}, "#: there is no integer from 3 to 2"),
-        ({"type": "string", "pattern": "^a$"}, "#: pattern cannot be expressed"),
-        ({"properties": {"a": {"multipleOf": 2}}}, "#/properties/a: multipleOf cannot be expressed"),
-        ({"type": ["integer", "string"], "minLength": 2, "minItems": 1}, "#: minItems cannot be expressed"),
+        ({"type": "string", "pattern": "^a$"}, "#/pattern: pattern cannot be expressed"),
+        ({"properties": {"a": {"multipleOf": 2}}}, "#/properties/a/multipleOf: multipleOf cannot be expressed"),
+        ({"type": ["integer", "string"], "minLength": 2, "minItems": 1}, "#/minItems: minItems cannot be expressed"),
         ({"properties": {"a": True}, "required": ["b"]}, r"#/required: \['b'\] are not among the properties"),
-        ({"properties": {"a": True}, "additionalProperties": {"type": "null"}}, "additionalProperties with a schema"),
+        (
+            {"properties": {"a": True}, "additionalProperties": {"type": "null"}},
+            "#/additionalProperties: a schema is supported only without properties",
+        ),
         ({"minItems": 3, "maxItems": 2}, "#: maxItems is 2, less than minItems, which is 3"),
         ({"minLength": -1}, "#/minLength: found -1, expected a number from 0 on"),
-        ({"prefixItems": [True], "minItems": 2}, "prefixItems are supported only as all items"),
+        ({"prefixItems": [True], "minItems": 2}, "#/prefixItems: supported only as all items"),
         ({"enum": []}, r"#/enum: found \[\], expected a list of values"),
-        ({"anyOf": []}, "#/anyOf: expected a list of schemas"),
-        ({"format": "email"}, '#/format: found "email", supported are date, time, date-time, uuid'),
+        ({"anyOf": []}, r"#/anyOf: found \[\], expected a list of schemas"),
+        ({"format": "email"}, '#/format: found "email", expected one of date, time, date-time, uuid'),
         ({"$ref": "other.json"}, r'#/\$ref: found "other.json", expected a place in this document'),
         ({"items": {"$ref": "#/$defs/x"}}, r"#/items/\$ref: there is no #/\$defs/x"),
-        ({"anyOf": [True], "minLength": 1}, "#: minLength cannot be expressed"),
+        ({"properties": []}, r"#/properties: found \[\], expected an object"),
+        ({"properties": {"a": True}, "required": "a"}, '#/required: found "a", expected a list of names'),
+        ({"type": []}, r"#/type: found \[\], expected a type or several"),
+        ({"type": "integer", "enum": ["a"]}, '#/enum: no value has the type "integer"'),
+        ({"type": ["number", "integer"], "minimum": 5}, "#/minimum: minimum cannot be expressed"),
+        ({"prefixItems": {}}, "#/prefixItems: found {}, expected a list of schemas"),
+        ({"properties": {"a/b~c": {"type": "x"}}}, "#/properties/a~1b~0c/type: found"),
+        ({"$ref": "#"}, r"#/\$ref: # is defined by itself, with no object or array between"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [True, {"$ref": "#/$defs/a"}]}}}, "is defined by itself"),
+        ({"maxLength": 10**7}, "#: a length of 10000000 is too large"),
+        (nested(3000), "nested too deeply"),
+        ({"anyOf": [True], "minLength": 1}, "#/minLength: minLength cannot be expressed beside anyOf"),
     ],
 )
 def test_what_a_grammar_cannot_express_is_refused_by_name(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grammar(schema)
+
+
+# Every keyword of JSON schema, from draft 4 to 2020-12, with a value that forbids something: kept (with what it forbids),
+# or refused by name.
+VOCABULARY: dict[str, tuple[Any, str | None]] = {
+    "additionalItems": (False, None),
+    "additionalProperties": (False, '{"a": 1}'),
+    "allOf": ([{"type": "null"}], None),
+    "anyOf": ([{"type": "null"}], "1"),
+    "const": (1, "2"),
+    "contains": ({"type": "null"}, None),
+    "contentEncoding": ("base64", None),
+    "contentMediaType": ("application/json", None),
+    "contentSchema": ({"type": "null"}, None),
+    "dependencies": ({"a": ["b"]}, None),
+    "dependentRequired": ({"a": ["b"]}, None),
+    "dependentSchemas": ({"a": {"type": "null"}}, None),
+    "disallow": ("null", None),
+    "divisibleBy": (2, None),
+    "else": ({"type": "null"}, None),
+    "enum": ([1], "2"),
+    "exclusiveMaximum": (3, None),
+    "exclusiveMinimum": (3, None),
+    "extends": ({"type": "null"}, None),
+    "format": ("date", '"x"'),
+    "if": ({"type": "null"}, None),
+    "items": ({"type": "null"}, "[1]"),
+    "maxContains": (1, None),
+    "maxItems": (1, "[1, 2]"),
+    "maxLength": (1, '"ab"'),
+    "maxProperties": (1, None),
+    "maximum": (3, None),
+    "minContains": (1, None),
+    "minItems": (1, "[]"),
+    "minLength": (1, '""'),
+    "minProperties": (1, None),
+    "minimum": (3, None),
+    "multipleOf": (2, None),
+    "not": ({"type": "null"}, None),
+    "oneOf": ([{"type": "null"}], "1"),
+    "pattern": ("^a$", None),
+    "patternProperties": ({"^a": {"type": "null"}}, None),
+    "prefixItems": ([{"type": "null"}], "[1]"),
+    "properties": ({"a": {"type": "null"}}, '{"a": 1}'),
+    "propertyNames": ({"maxLength": 1}, None),
+    "then": ({"type": "null"}, None),
+    "type": ("null", "1"),
+    "unevaluatedItems": (False, None),
+    "unevaluatedProperties": (False, None),
+    "uniqueItems": (True, None),
+    "$anchor": ("a", None),
+    "$dynamicAnchor": ("a", None),
+    "$dynamicRef": ("#a", None),
+    "$recursiveAnchor": (True, None),
+    "$recursiveRef": ("#", None),
+    "$vocabulary": ({}, None),
+    "nullable": (False, None),
+    "discriminator": ({"propertyName": "a"}, None),
+    "x-unknown": (1, None),
+}
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("keyword", VOCABULARY)
+def test_every_keyword_is_kept_or_refused_by_name(llm: Llama, keyword: str) -> None:
+    value, forbidden = VOCABULARY[keyword]
+    schema = {"properties": {"a/b": {"items": {keyword: value}}}}
+    if forbidden is None:
+        with pytest.raises(ValueError, match=rf"#/properties/a~1b/items/{re.escape(keyword)}: {re.escape(keyword)} "):
+            grammar(schema)
+    else:
+        assert not allows(llm, LlamaGrammar.from_json_schema({keyword: value}), forbidden)
+
+
+@pytest.mark.parametrize(
+    "keyword", ["title", "description", "default", "examples", "$comment", "deprecated", "$schema"]
+)
+def test_annotations_change_nothing(keyword: str) -> None:
+    assert grammar({"type": "null", keyword: ["x"]}) == grammar({"type": "null"})
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("n", [46, 200, 400])
+def test_as_many_optional_properties_as_the_server_takes(llm: Llama, n: int) -> None:
+    schema = {"properties": {f"name_{i}": {"type": "string", "maxLength": 3} for i in range(n)}}
+    made = llm("x", grammar=LlamaGrammar.from_json_schema(schema), max_tokens=60, seed=1, temperature=1.0)
+    assert made["choices"][0]["text"].lstrip().startswith("{")
+
+
+@pytest.mark.build
+def test_llama_cpp_writes_nothing_of_a_grammar(llm: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    for text in ("root ::= (", "root ::= x", "root ::= root", 'root ::= "a"{1,99999999999999999999}', "x"):
+        with pytest.raises(ValueError, match=r"llama.cpp cannot read the grammar, which begins"):
+            llm("x", grammar=text)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_schema_may_be_text() -> None:

@@ -1,4 +1,4 @@
-"""What is allocated is freed, whatever becomes of a request: counted in C's functions, and seen in the process's size."""
+"""What is allocated is freed, whatever becomes of a request: counted in C's functions and the process's size."""
 
 from __future__ import annotations
 
