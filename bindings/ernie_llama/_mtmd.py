@@ -7,19 +7,19 @@ import functools
 import secrets
 import sys
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import _library, _metadata, _structs
+from ._decode import decoded
 from ._handle import Handle
 from ._log import LOG
 from ._model import Model
 
 LIBRARY_NAME = {"darwin": "libmtmd.dylib", "win32": "mtmd.dll"}.get(sys.platform, "libmtmd.so")
 _TEXT = 0  # MTMD_INPUT_CHUNK_TYPE_TEXT
-_FORMATS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
 
 
 class mtmd_context_params(ctypes.Structure):  # noqa: N801 - mtmd.h's name
@@ -50,28 +50,6 @@ class mtmd_input_text(ctypes.Structure):  # noqa: N801 - mtmd.h's name
     _fields_ = [("text", c_char_p), ("text_len", c_size_t), ("add_special", c_bool), ("parse_special", c_bool)]
 
 
-class mtmd_helper_video_init_params(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
-    """Of videos; the bindings read pictures only."""
-
-    _fields_ = [
-        ("fps_target", c_float),
-        ("ffmpeg_bin_dir", c_char_p),
-        ("timestamp_interval_ms", c_int64),
-    ]
-
-
-class mtmd_helper_init_opt(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
-    """Options of `mtmd_helper_bitmap_init_from_buf`."""
-
-    _fields_ = [("video_params", mtmd_helper_video_init_params)]
-
-
-class mtmd_helper_bitmap_wrapper(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
-    """A decoded picture, or an opened video."""
-
-    _fields_ = [("bitmap", c_void_p), ("video_ctx", c_void_p)]
-
-
 # name: (result, arguments)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_context_params_default": (mtmd_context_params, []),
@@ -79,14 +57,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_free": (None, [c_void_p]),
     "mtmd_support_vision": (c_bool, [c_void_p]),
     "mtmd_helper_log_set": (None, [_structs.ggml_log_callback, c_void_p]),
-    "mtmd_helper_init_opt_default": (mtmd_helper_init_opt, []),
-    "mtmd_helper_bitmap_init_from_buf": (
-        mtmd_helper_bitmap_wrapper,
-        [c_void_p, c_char_p, c_size_t, c_bool, mtmd_helper_init_opt],
-    ),
     "mtmd_bitmap_init": (c_void_p, [c_uint32, c_uint32, c_char_p]),
     "mtmd_bitmap_free": (None, [c_void_p]),
-    "mtmd_bitmap_set_id": (None, [c_void_p, c_char_p]),
     "mtmd_input_chunks_init": (c_void_p, []),
     "mtmd_input_chunks_size": (c_size_t, [c_void_p]),
     "mtmd_input_chunks_get": (c_void_p, [c_void_p, c_size_t]),
@@ -210,13 +182,11 @@ class Eyes(Handle):
                 self._library.mtmd_bitmap_free(bitmap)
 
     def _bitmap(self, number: int, data: bytes) -> int:
-        if not data.startswith(_FORMATS):  # libmtmd would try sounds and videos
-            raise ValueError(f"picture {number + 1} ({len(data)} bytes) is not a JPEG, PNG, GIF or BMP file")
-        options = self._library.mtmd_helper_init_opt_default()
-        found = self._library.mtmd_helper_bitmap_init_from_buf(self.pointer, data, len(data), False, options)
-        if not found.bitmap:
-            raise ValueError(f"picture {number + 1} ({len(data)} bytes) is damaged: it cannot be decoded")
-        return int(found.bitmap)
+        try:
+            width, height, pixels = decoded(data)
+        except ValueError as error:
+            raise ValueError(f"picture {number + 1} ({len(data)} bytes) {error}") from error
+        return int(self._library.mtmd_bitmap_init(width, height, pixels))
 
     def _tokenize(self, prompt: str, bitmaps: list[int], special: bool, digests: list[str]) -> list[int | Picture]:
         library, raw = self._library, prompt.encode()

@@ -45,11 +45,20 @@ class ChatTemplate:
         Raises:
             ValueError: it is not a valid Jinja template.
         """
-        import jinja2  # slow to import, and only chats need it
+        import jinja2.ext  # slow to import, and only chats need it
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        class Generation(jinja2.ext.Extension):
+            """`{% generation %}` marks what the assistant wrote, for training."""
+
+            tags = {"generation"}  # noqa: RUF012 - as its base class declares it
+
+            def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -93,17 +102,18 @@ class ChatTemplate:
         """
         check(messages)
         values = self._values(tools, variables)
+        asking = {"add_generation_prompt": True}
         if not add_generation_prompt or messages[-1]["role"] != "assistant":
             plain = normalized(messages, self._abilities)
-            return Prompt(self._render(plain, values, add_generation_prompt), "")
+            return Prompt(self._render(plain, {"add_generation_prompt": add_generation_prompt} | values), "")
         if len(messages) > 1 and messages[-2]["role"] == "assistant":
             raise ValueError("the last two messages are the assistant's: only one can be the beginning of the answer")
         if messages[-1].get("tool_calls"):
             raise ValueError("the last message, of the assistant, holds tool calls: no answer continues them")
         plain = normalized(messages[:-1], self._abilities)
-        before = self._render(plain, values, False)
-        asking = self._render(plain, values, True)
-        begun = self._begun(asking[_shared(before, asking) :], messages[-1])
+        before = self._render(plain, values)  # some templates take that for True; False would stop them
+        after = self._render(plain, asking | values)
+        begun = self._begun(after[_shared(before, after) :], messages[-1])
         return Prompt(before + begun[0] + begun[1], begun[1])
 
     def _begun(self, start: str, last: Mapping[str, Any]) -> tuple[str, str]:
@@ -134,12 +144,11 @@ class ChatTemplate:
             values["tools"] = normalized_tools(tools)
         return values | dict(variables or {})
 
-    def _render(self, messages: list[dict[str, Any]], values: Mapping[str, Any], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> str:
         import jinja2
 
-        start = {"add_generation_prompt": True} if add_generation_prompt else {}
         try:
-            return self._template.render(messages=messages, **start, **values)
+            return self._template.render(messages=messages, **values)
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # TypeError: None + text, and the like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
@@ -148,7 +157,7 @@ class ChatTemplate:
     def _try(self, messages: list[dict[str, Any]], refused: str = "", **values: Any) -> str:  # noqa: ANN401
         """What the template makes of an example; `refused` if it refuses it."""
         try:
-            return self._render(messages, self._tokens | values, values.pop("start", True))
+            return self._render(messages, self._tokens | {"add_generation_prompt": True} | values)
         except (ValueError, ArithmeticError, LookupError, AttributeError):
             return refused
 
@@ -175,7 +184,7 @@ class ChatTemplate:
         """What stands before and after the reasoning of a message; None if the template does not write it."""
         answer = {"role": "assistant", "content": "CONTENT", "reasoning_content": "REASONING"}
         for after in ([], [_USER]):
-            text = self._try([_USER, answer, *after], start=False)
+            text = self._try([_USER, answer, *after], add_generation_prompt=False)
             if found := re.search(r"(<[^<>]+>\s*)REASONING(\s*<[^<>]+>.*?)CONTENT", text, re.DOTALL):
                 return found[1], found[2]
         return None

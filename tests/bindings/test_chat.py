@@ -193,7 +193,7 @@ def test_requests_without_a_grammar_are_refused(llm: Llama) -> None:
         llm.create_chat_completion(
             MESSAGES, tools=TOOLS, tool_choice="required", response_format={"type": "json_object"}
         )
-    with pytest.raises(ValueError, match="the chat template refuses these messages"):
+    with pytest.raises(ValueError, match="message 0 has the content 1, expected a text or a list of parts"):
         llm.create_chat_completion([{"role": "user", "content": 1}])  # type: ignore[typeddict-item]  # the mistake
 
 

@@ -32,9 +32,9 @@ def test_tools_and_extra_variables_reach_the_template() -> None:
     tool: ChatCompletionTool = {"type": "function", "function": {"name": "f", "description": "<Grüße>"}}
     source = "{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}{{ enable_thinking }}"
     assert template(source).render([USER], tools=[tool], variables={"enable_thinking": False}) == (
-        '[{"type": "function", "function": {"name": "f", "description": "<Grüße>"}}]False'
+        '[{"type": "function", "function": {"name": "f", "description": "<Grüße>", "parameters": {}}}]False'
     )
-    assert template(source).render([USER], tools=[]) == "none"
+    assert template(source).render([USER], tools=[]) == "noneFalse"
 
 
 def test_text_parts_become_one_text_and_other_parts_are_refused() -> None:
@@ -43,9 +43,9 @@ def test_text_parts_become_one_text_and_other_parts_are_refused() -> None:
         "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
     }
     plain = template("{{ messages[0].content + '.' }}")
-    assert plain.render([parts]) == "ab."
-    assert plain.render([{"role": "assistant", "content": None}]) == "."
-    with pytest.raises(ValueError, match="a message holds a part of type 'image_url'; this model reads text only"):
+    assert plain.render([parts]) == "a\nb."
+    assert plain.render([USER | {"content": None}]) == "."
+    with pytest.raises(ValueError, match="message 0 holds a part of type 'image_url'; this model reads text only"):
         plain.render([{"role": "user", "content": [{"type": "image_url"}]}])
 
 

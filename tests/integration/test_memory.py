@@ -30,7 +30,7 @@ PAIRS = {
     },
     "mtmd": {
         "mtmd_init_from_file": "mtmd_free",
-        "mtmd_helper_bitmap_init_from_buf": "mtmd_bitmap_free",
+        "mtmd_bitmap_init": "mtmd_bitmap_free",
         "mtmd_input_chunks_init": "mtmd_input_chunks_free",
         "mtmd_input_chunk_copy": "mtmd_input_chunk_free",
     },
@@ -62,8 +62,7 @@ def counter(llama_bin: Path, monkeypatch: pytest.MonkeyPatch) -> Counter:
 def _counted(function: Callable[..., Any], count: Counter, name: str, step: int) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:  # noqa: ANN401 - as the function's
         result = function(*arguments)
-        made = getattr(result, "bitmap", result)
-        if step < 0 or made:
+        if step < 0 or result:
             count[name] += step
         return result
 
@@ -165,7 +164,7 @@ REQUESTS: dict[str, Callable[[Llama], object]] = {
     "an interrupted stream": interrupted,
     "a late stream": late,
     "too long": lambda llm: refused(llm, "exceed context window", ONE, "x " * 1000),
-    "the second picture is damaged": lambda llm: refused(llm, "is damaged", ONE, TWO[:100]),
+    "the second picture is damaged": lambda llm: refused(llm, "is damaged", ONE, TWO[:200]),
     "the second picture is none": lambda llm: refused(llm, "is not a", ONE, b"GIF, no"),
     "a bad option": lambda llm: refused(llm, "top_p is nan", ONE, top_p=float("nan")),
     "a bad grammar": lambda llm: refused(llm, "cannot read the grammar", ONE, grammar="root ::= root"),

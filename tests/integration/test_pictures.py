@@ -285,8 +285,8 @@ def test_pictures_are_announced_by_their_number(files: Files) -> None:
 
 
 BAD = [
-    (b"not a picture", "is not a JPEG, PNG, GIF or BMP file"),
-    (PICTURES[0][:200], "is damaged: it cannot be decoded"),
+    (b"not a picture", "is not a JPEG, PNG, GIF, WebP, BMP or TIFF file"),
+    (PICTURES[0][:200], "is damaged, or too large: "),
     (
         png.encode(np.zeros((20, 20000, 3), np.uint8)),
         "^the pictures of the prompt cannot be used: a picture of 20000x20 pixels: one side may be at most 200 times",
