@@ -71,8 +71,9 @@ def normalized(messages: Sequence[ChatCompletionRequestMessage], abilities: Abil
     """
     found = [_normalized(i, message, abilities) for i, message in enumerate(messages)]
     if found and found[0]["role"] == "system" and not abilities.system:
-        if len(found) > 1:
-            found[1]["content"] = f"{found[0]['content']}\n{found[1]['content']}"
+        if len(found) == 1:
+            raise ValueError("the chat template knows no system messages, and there is no other to answer")
+        found[1]["content"] = _merged(found[0]["content"], found[1]["content"])
         del found[0]
     return found
 
@@ -101,6 +102,14 @@ def _content(i: int, content: Any, abilities: Abilities) -> str | list[dict[str,
     parts = [_part(i, part) for part in content]
     media = any(part["type"] == MARKER for part in parts)
     return parts if abilities.parts and not media else joined(parts)
+
+
+def _merged(first: str | list[Any], second: str | list[Any]) -> str | list[Any]:
+    """Two contents as one, with a line feed between."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n{second}"
+    parts = [[{"type": "text", "text": each}] if isinstance(each, str) else each for each in (first, second)]
+    return [*parts[0], {"type": "text", "text": "\n"}, *parts[1]]
 
 
 MARKER = "media_marker"  # the type of a part that stands for a picture

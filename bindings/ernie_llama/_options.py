@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,32 @@ def flag(name: str, value: Any) -> bool:  # noqa: ANN401
     if not isinstance(value, int) or value not in {0, 1}:
         raise TypeError(f"{name} is {value!r}, expected True or False")
     return bool(value)
+
+
+def texts(name: str, value: Any) -> tuple[list[str | list[int]], bool]:  # noqa: ANN401
+    """Texts or lists of token ids, and whether `value` is a single one of either.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, str):
+        return [value], True
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {value!r}, expected a text, token ids, or a list of either")
+    entries = list(value)
+    if entries and all(hasattr(each, "__index__") for each in entries):
+        return [[integer("a token", each) for each in entries]], True
+    found: list[str | list[int]] = [
+        each if isinstance(each, str) else [integer("a token", token) for token in _tokens(name, each)]
+        for each in entries
+    ]
+    return found, False
+
+
+def _tokens(name: str, value: Any) -> Iterable[Any]:  # noqa: ANN401
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} holds {value!r}, expected a text or token ids")
+    return value
 
 
 def enum_value(name: str, value: int | str, values: Mapping[str, int]) -> int:

@@ -185,7 +185,7 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": "CONTENT", "reasoning_content": "REASONING"}
         for after in ([], [_USER]):
             text = self._try([_USER, answer, *after], add_generation_prompt=False)
-            if found := re.search(r"(<[^<>]+>\s*)REASONING(\s*<[^<>]+>.*?)CONTENT", text, re.DOTALL):
+            if found := re.search(r"(<[^<>]+>\s*)REASONING(\s*<[^<>]+>\s*).*?CONTENT", text, re.DOTALL):
                 return found[1], found[2]
         return None
 

@@ -804,16 +804,16 @@ class Llama:
     # A list of Any because llama-cpp-python's shapes depend on the input and on the pooling.
     def embed(
         self,
-        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        input: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],  # noqa: A002 - llama-cpp-python's name
         normalize: bool = False,
         truncate: bool = True,
     ) -> list[Any]:
-        """The embedding of a text, or a list of the embeddings of several texts.
+        """The embedding of a text, or a list of the embeddings of several texts; a text may be its token ids.
 
         With pooling an embedding is a list of numbers, [n_embd]; without, there is one per token: [n_tokens][n_embd].
 
         Args:
-            input: a text or several.
+            input: a text or several, as str or as token ids.
             normalize: scale each embedding to length 1.
             truncate: drop what exceeds `n_batch` tokens.
 
@@ -821,17 +821,17 @@ class Llama:
             RuntimeError: the Llama was made without `embedding=True`.
             ValueError: a text is empty or too long.
         """
-        texts = [input] if isinstance(input, str) else list(input)
+        texts, single = _options.texts("input", input)
         embeddings = [self._engine.embed(self._embedding_tokens(text, truncate), normalize) for text in texts]
-        return embeddings[0] if isinstance(input, str) else embeddings
+        return embeddings[0] if single else embeddings
 
     def create_embedding(
         self,
-        input: str | Sequence[str],  # noqa: A002 - llama-cpp-python's name
+        input: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],  # noqa: A002 - llama-cpp-python's name
         model: str | None = None,
     ) -> CreateEmbeddingResponse:
         """As `embed`, as a dictionary of the OpenAI API."""
-        texts = [input] if isinstance(input, str) else list(input)
+        texts, _ = _options.texts("input", input)
         tokens = [self._embedding_tokens(text, truncate=True) for text in texts]
         n = sum(map(len, tokens))
         return {
@@ -844,10 +844,11 @@ class Llama:
             "usage": {"prompt_tokens": n, "total_tokens": n},
         }
 
-    def _embedding_tokens(self, text: str, truncate: bool) -> list[int]:
+    def _embedding_tokens(self, text: str | Sequence[int], truncate: bool) -> list[int]:
         if not self._embedding:
             raise RuntimeError("embeddings need Llama(..., embedding=True)")
-        tokens = self.tokenize(text.encode())
+        tokens = self.tokenize(text.encode()) if isinstance(text, str) else list(text)
+        self._engine.check_tokens(tokens)
         if truncate:
             tokens = tokens[: self._ctx.n_batch]
         if not 0 < len(tokens) <= self._ctx.n_batch:

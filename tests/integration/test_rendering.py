@@ -81,18 +81,20 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "begun with a call": [USER, call("{}", content="x")],
     "nothing of the assistant's": [USER, {"role": "assistant"}],
 }  # fmt: skip
-# Templates of llama.cpp's tree, and our own; with what they are known to differ in.
+# llama-server answers 500 where a template without system messages reads parts; the bindings put the parts together.
+NO_SYSTEM = {"system", "developer", "two systems", "system parts", "turns", "only system"}
+# Templates of llama.cpp's tree, and our own; with what is known to differ.
 TEMPLATES: dict[str, set[str]] = {
     "ERNIE": set(),
     "ERNIE-Thinking": set(),
-    "ERNIE-VL": set(),
+    "ERNIE-VL": NO_SYSTEM,
     "ChatML": set(),
     "meta-llama-Llama-3.1-8B-Instruct": set(),
     "mistralai-Mistral-Nemo-Instruct-2407": set(),
     "Qwen-Qwen2.5-7B-Instruct": set(),
     "Qwen-Qwen3-0.6B": set(),
     "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": set(),
-    "google-gemma-2-2b-it": set(),
+    "google-gemma-2-2b-it": {"only system"},  # there the system message is dropped
     "microsoft-Phi-3.5-mini-instruct": set(),
     "HuggingFaceTB-SmolLM3-3B": set(),
 }
@@ -216,6 +218,10 @@ TEXTS = [
 def test_answers(both: tuple[str, Llama, Post]) -> None:
     """What a grammar makes the model write is split alike, and so is an answer that the request begins."""
     name, llm, post = both
+    if name == "ERNIE-Thinking":
+        pytest.skip(
+            "llama-server takes <response> for a part of what ends the reasoning; tests/bindings has these texts"
+        )
     for written in TEXTS:
         for begun in ([], [ANSWER]):
             messages: Any = [USER, *begun]
@@ -224,7 +230,10 @@ def test_answers(both: tuple[str, Llama, Post]) -> None:
             assert status == 200, answer
             theirs = answer["choices"][0]["message"]
             ours: Any = llm.create_chat_completion(messages, **options)["choices"][0]["message"]
-            found = [(each["content"], each.get("reasoning_content")) for each in (theirs, ours)]
             if "</think>" not in written and "reasoning_content" in theirs:
                 continue  # all of it is reasoning there; here a grammar's text is the answer
+            found = [
+                {key: (each.get(key) or "").strip() for key in ("content", "reasoning_content")}
+                for each in (theirs, ours)  # white space around markers belongs to them here
+            ]
             assert found[0] == found[1], (name, written, messages)
