@@ -12,7 +12,6 @@ from typing import Any
 
 from . import llama_cache, llama_chat_format, llama_cpp, llama_speculative, llama_tokenizer, llama_types
 from ._dry_run import DeviceMemory, DryRun, device_memory, dry_run
-from ._engine import LlamaState
 from ._info import Info, info
 from ._library import LibraryNotFoundError, data_folder, has_nvidia_device, library_path
 from ._model import check_gguf
@@ -24,6 +23,7 @@ from ._processors import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from ._state import LlamaState
 from .llama import Llama
 from .llama_cache import BaseLlamaCache, LlamaCache, LlamaDiskCache, LlamaRAMCache
 from .llama_grammar import LlamaGrammar

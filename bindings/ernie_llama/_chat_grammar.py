@@ -62,7 +62,12 @@ def tool_grammar(
         _move_definitions(parameters, calls)
         members = {"name": {"const": tool["function"]["name"]}, "arguments": parameters}
         calls["anyOf"].append({"properties": members, "required": list(members), "additionalProperties": False})
-    rules = _json_schema.grammar(calls).replace("root ::=", "call ::=", 1)
+    try:
+        rules = _json_schema.grammar(calls).replace("root ::=", "call ::=", 1)
+    except ValueError as error:
+        place = re.compile(r"#/anyOf/(\d+)/properties/arguments")
+        named = place.sub(lambda found: f"parameters of {allowed[int(found[1])]['function']['name']}, #", str(error))
+        raise ValueError(named) from error
     return LlamaGrammar(f'{rules}root ::= "{TOOL_CALL}\\n" call "\\n{END_TOOL_CALL}"\n')
 
 

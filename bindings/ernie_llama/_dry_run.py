@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _library, _options
+from . import _library, _options, _rpc
 from ._log import LOG
 from ._structs import ggml_log_callback
 
@@ -80,7 +80,7 @@ def dry_run(
     """
     library = _library.load()
     if rpc_servers:
-        _options.add_rpc_servers(library, rpc_servers)
+        _rpc.add_rpc_servers(library, rpc_servers)
     model_params = library.llama_model_default_params()
     fields = _options.model_fields(
         library,

@@ -8,7 +8,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _structs
@@ -16,9 +15,10 @@ from ._context import Context
 from ._lock import ContextLock, Lease
 from ._model import Model
 from ._mtmd import Eyes
-from ._pictures import Pictures, PictureSize
+from ._pictures import Pictures
 from ._sampler import Sampler
 from ._sampling import Sampling
+from ._state import LlamaState
 from .llama_cache import longest_token_prefix
 
 if TYPE_CHECKING:
@@ -32,35 +32,6 @@ if TYPE_CHECKING:
 # A shorter shared prefix is evaluated again. Together with the rest of the prompt that costs next to nothing, and the
 # text stays exactly that of a fresh start (llama.cpp uses other kernels for other batch sizes).
 MIN_KEPT_PREFIX = 32
-
-
-@dataclass(frozen=True)
-class LlamaState:
-    """What `Llama.save_state` returns: the KV cache, and what is needed to continue from it.
-
-    Attributes:
-        input_ids: the evaluated tokens.
-        llama_state: the cache, as llama.cpp writes it.
-        seed: seed of the next draw.
-        pictures: what the negative ids among `input_ids` stand for.
-        model: tells files apart, see `Model.fingerprint`; empty in states of older versions.
-    """
-
-    input_ids: tuple[int, ...]
-    llama_state: bytes
-    seed: int
-    pictures: tuple[PictureSize, ...] = ()
-    model: str = ""
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of evaluated tokens."""
-        return len(self.input_ids)
-
-    @property
-    def llama_state_size(self) -> int:
-        """Size of the cache in bytes."""
-        return len(self.llama_state)
 
 
 class Engine:

@@ -12,18 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _compat, _library, _messages, _options, _structs
+from . import _compat, _library, _messages, _options, _rpc, _structs
 from ._chat import ChatResults
 from ._chat_grammar import AnswerGrammar
 from ._compat import CompletionOptions, LlamaOptions
 from ._completion import Completion, Results, log_softmax
 from ._context import Context
-from ._engine import Engine, LlamaState
+from ._engine import Engine
 from ._log import LOG
 from ._model import Model
 from ._output import END_THINK, MARKERS
 from ._pictures import ImageLoader
 from ._sampling import Sampling, SamplingOptions
+from ._state import LlamaState
 from ._template import ChatTemplate
 from .llama_cache import longest_token_prefix
 from .llama_tokenizer import LlamaTokenizer
@@ -180,7 +181,7 @@ class Llama:
         library = _library.load()
         _options.init_numa(library, rare.get("numa") or False)
         if rpc_servers:
-            _options.add_rpc_servers(library, rpc_servers)
+            _rpc.add_rpc_servers(library, rpc_servers)
         model_fields = _options.model_fields(
             library,
             n_gpu_layers=n_gpu_layers,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from ._engine import LlamaState
+    from ._state import LlamaState
 
 DEFAULT_CAPACITY = 2 << 30
 

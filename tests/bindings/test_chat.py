@@ -197,6 +197,12 @@ def test_requests_without_a_grammar_are_refused(llm: Llama) -> None:
         llm.create_chat_completion([{"role": "user", "content": 1}])  # type: ignore[typeddict-item]  # the mistake
 
 
+def test_a_schema_that_cannot_be_kept_is_named_by_its_tool_and_place(llm: Llama) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"pattern": "x"}}}}}
+    with pytest.raises(ValueError, match="JSON schema, parameters of f, #/properties/a/pattern: pattern cannot be"):
+        llm.create_chat_completion(MESSAGES, tools=[TOOLS[0], tool], tool_choice="required")
+
+
 def test_tools_with_conflicting_definitions_are_refused(llm: Llama) -> None:
     other = json.loads(json.dumps(TOOLS[0]))
     other["function"]["parameters"]["$defs"]["city"] = {"type": "integer"}

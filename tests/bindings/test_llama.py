@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -271,3 +272,11 @@ def test_after_ctrl_c_during_a_prompt_the_model_still_works(llm: Llama, monkeypa
     llm.reset()
     llm.eval(tokens)
     assert np.array_equal(llm.logits, expected)
+
+
+@pytest.mark.parametrize("text", [b"\n", b" ", b"\xff", "é".encode(), b"ab"])
+def test_long_texts_are_tokenized_in_linear_time(llm: Llama, text: bytes) -> None:
+    """Of what the vocabulary has no token for, too: 1,000,000 line feeds took 208 s."""
+    begin = time.process_time()
+    assert len(llm.tokenize(text * 400_000)) > 10_000
+    assert time.process_time() - begin < 5

@@ -125,6 +125,21 @@ def test_a_state_of_other_options_is_refused(bf16: str, llm: Llama) -> None:
         other.load_state(llm.save_state())
 
 
+def test_a_state_of_another_model_of_the_same_shapes_is_refused(llm: Llama, bf16: str, tmp_path: Path) -> None:
+    data = bytearray(Path(bf16).read_bytes())
+    data[-len(data) // 4 :] = bytes(byte ^ 1 for byte in data[-len(data) // 4 :])
+    (tmp_path / "tuned.gguf").write_bytes(data)
+    llm.eval([5, 6, 7])
+    state = llm.save_state()
+    with Llama(tmp_path / "tuned.gguf", n_threads=1) as other:
+        with pytest.raises(ValueError, match="the state belongs to another model"):
+            other.load_state(state)
+        other.eval([5])  # it is as it was
+    with Llama(bf16, n_threads=1) as same:
+        same.load_state(state)
+        assert same.eval_tokens == [5, 6, 7]
+
+
 def test_embeddings_of_tokens_and_of_texts(bf16: str) -> None:
     with Llama(bf16, n_threads=1, embedding=True, n_batch=32) as llm:
         one = llm.embed("import os")
@@ -142,6 +157,24 @@ def test_embeddings_of_tokens_and_of_texts(bf16: str) -> None:
         result = llm.create_embedding(["import os", "x"])
         assert result["data"][0] == {"object": "embedding", "embedding": pooled, "index": 0}
         assert result["usage"] == {"prompt_tokens": len(one) + 2, "total_tokens": len(one) + 2}
+
+
+def test_embeddings_of_token_ids(bf16: str) -> None:
+    with Llama(bf16, n_threads=1, embedding=True, pooling_type=1, n_batch=32) as llm:
+        texts = ["import os", "x"]
+        tokens = [llm.tokenize(text.encode()) for text in texts]
+        both = llm.embed(texts)
+        assert llm.embed(tokens) == both
+        assert llm.embed(np.array(tokens[0])) == llm.embed(tokens[0]) == both[0]  # type: ignore[arg-type]  # an array
+        assert llm.embed([tokens[0], "x"]) == both  # type: ignore[arg-type]  # of both kinds
+        assert llm.create_embedding(tokens)["usage"]["prompt_tokens"] == sum(map(len, tokens))
+        with pytest.raises(ValueError, match="token 4096 is not in the vocabulary"):
+            llm.embed([5, 4096])
+        with pytest.raises(ValueError, match=r"a text has 0 tokens"):
+            llm.embed([[]])
+        for wrong in (5, b"x", [b"x"], [5.5], [[5.5]], [None]):
+            with pytest.raises(TypeError, match=r"^(input|a token) "):
+                llm.embed(wrong)  # type: ignore[arg-type]  # the mistake
 
 
 def test_embeddings_need_the_option(llm: Llama) -> None:

@@ -24,7 +24,7 @@ from support.command_line import Command
 # With experts on the CPU not by mmap, whose buffer would count what lies between them in the file.
 LOAD = """
 import ctypes, os, sys
-from ernie_llama import _library, _log, _options
+from ernie_llama import _library, _log, _options, _rpc
 path, n_ctx, kv, servers, n_cpu_moe = sys.argv[1:]
 library = _library.load()
 params = library.llama_model_default_params()
@@ -32,7 +32,7 @@ fields = _options.model_fields(library, n_gpu_layers=-1, split_mode="layer", mai
     tensor_split=[1] * len(servers.split(",")) if servers else None, n_cpu_moe=int(n_cpu_moe),
     tensor_buft_overrides={}, kv_overrides=None, use_mmap=n_cpu_moe == "0", use_mlock=False)
 if servers:
-    _options.add_rpc_servers(library, servers)
+    _rpc.add_rpc_servers(library, servers)
 for name, value in {**fields, "use_extra_bufts": False}.items():
     setattr(params, name, value)
 _log.LOG.verbose = True
