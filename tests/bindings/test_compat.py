@@ -153,7 +153,11 @@ def test_wrong_types_of_loading_are_named(bf16: str, options: dict[str, Any], me
         ([], ValueError, "there are no messages to answer"),
         ([{"role": "user"}], ValueError, "message 0, of the user, has no content"),
         ([{"role": "assistant"}], ValueError, "message 0, of the assistant, has no content"),
-        ([{"content": "x"}], ValueError, "message 0 has the role None, expected one of system, developer, user, assistant, tool"),
+        (
+            [{"content": "x"}],
+            ValueError,
+            "message 0 has the role None, expected one of system, developer, user, assistant, tool",
+        ),
         ([{"role": "robot", "content": "x"}], ValueError, "message 0 has the role 'robot', expected one of"),
     ],
 )
