@@ -11,7 +11,7 @@ from typing import Any
 # Seconds that a stream must rest before another caller takes the context. The threads of a web framework's pool read
 # streams in turn: that a thread asks for a second one does not mean that it has left the first.
 SAME_THREAD_REST = 0.05
-OTHER_THREAD_REST = 0.25
+OTHER_THREAD_REST = 0.1
 
 
 class Lease:
@@ -60,6 +60,7 @@ class ContextLock:
         self._owner: Lease | None = None
         self._resident: Lease | None = None  # the unfinished lease whose tokens the context holds
         self._closed = False
+        self._waiting = 0  # threads in _take
         self._suspend = suspend or (lambda: True)
         self._resume = resume or (lambda _state: None)
 
@@ -146,7 +147,11 @@ class ContextLock:
             if rest is not None and rest <= 0:
                 self._owner = lease
                 return
-            self._changed.wait(rest)
+            self._waiting += 1
+            try:
+                self._changed.wait(rest)
+            finally:
+                self._waiting -= 1
 
     def _rest(self) -> float | None:
         """Seconds until the context may be taken from its owner, if that rests as long; None while it is in use."""
@@ -158,4 +163,6 @@ class ContextLock:
         own = owner.thread is threading.current_thread()
         if own and threading.active_count() == 1:
             return 0
-        return owner.rests_since + (SAME_THREAD_REST if own else OTHER_THREAD_REST) - time.monotonic()
+        # If many wait, they may be all the threads that could read the owner.
+        rest = SAME_THREAD_REST if own else OTHER_THREAD_REST / max(self._waiting, 1)
+        return owner.rests_since + rest - time.monotonic()
