@@ -111,15 +111,24 @@ class ContextLock:
             leaves, self._resident = self._resident, lease
         try:
             if leaves is not None and leaves is not lease:
-                leaves.released = True  # should it fail
-                leaves.suspended = self._suspend()
-                leaves.released = False
+                self._put_away(leaves)
             if lease.suspended is not None:
                 state, lease.suspended = lease.suspended, None
                 self._resume(state)
         except BaseException:
             self.end_step(lease)
             raise
+
+    def _put_away(self, lease: Lease) -> None:
+        """Keep what the context holds for `lease`, which ends if that fails; the caller's step has begun."""
+        try:
+            suspended = self._suspend()
+        except BaseException:
+            lease.released = True
+            raise
+        with self._changed:
+            if not lease.released:
+                lease.suspended = suspended
 
     def end_step(self, lease: Lease) -> None:
         """End a step of `lease`."""
