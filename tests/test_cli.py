@@ -494,6 +494,4 @@ def test_serve_wants_its_file_first(ernie_gguf: Command) -> None:
 
 
 def test_a_folder_is_not_a_missing_file(ernie_gguf: Command, tmp_path: Path) -> None:
-    assert ernie_gguf("inspect", tmp_path).err.startswith(
-        f"error: {tmp_path}: config.json is missing; the folder is empty"
-    )
+    assert ernie_gguf("inspect", tmp_path).err == f"error: {tmp_path}: is a folder, expected a GGUF file\n"

@@ -71,8 +71,8 @@ def test_the_bindings_do_it_too(request: pytest.FixtureRequest, gguf: str, serve
         command = [sys.executable, "-c", COMPLETE, str(request.getfixturevalue(gguf)), where, *PROMPTS]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
-    # A server's kernels are the same whichever layers it has; those of this process may be AMX's, which round otherwise.
-    shared, alone = write(servers), write(servers.split(",")[0])
+    # A server's kernels are the same for all layers; those of this process may be AMX's, which round otherwise.
+    shared, alone = write(servers), write(servers.split(",", maxsplit=1)[0])
     assert shared.stdout == alone.stdout
     assert alone.stderr == "['RPC0']\n"
     assert shared.stderr == "['RPC0', 'RPC1']\n"

@@ -122,10 +122,9 @@ def interrupted_after(quantize: Quantize, monkeypatch: pytest.MonkeyPatch, small
     return partial_path(out)
 
 
-def kept_note(out: Path, layers: int) -> str:
+def kept(out: Path, layers: int) -> str:
     return (
-        f"note: {layers} of {SMALL.layers} layers are done and kept in {partial_path(out)}; the same command resumes "
-        "the run\n"
+        f"{layers} of {SMALL.layers} layers are done and kept in {partial_path(out)}; the same command resumes the run"
     )
 
 
@@ -157,11 +156,11 @@ def test_resuming_after_a_layer(
     interrupt_after(monkeypatch, layer, full_disk if stop is None else lambda: os.kill(os.getpid(), stop))
     done = quantize(small, out)
     if stop is None:
-        last = f"error: {out}: No space left on device; the model was not written\n"
+        last = f"note: {kept(out, layer + 1)}\nerror: {out}: No space left on device; the model was not written\n"
     else:
-        last = f"error: stopped by {stop.name}\n"
+        last = f"error: stopped by {stop.name}; {kept(out, layer + 1)}\n"
     assert (done.code, done.out) == (1 if stop is None else 128 + stop, "")
-    assert done.err.endswith(kept_note(out, layer + 1) + last)
+    assert done.err.endswith(last)
     assert not out.exists()
     names = {path.name for path in partial_path(out).iterdir()} - {"scratch.f32"}
     assert names == {"model.gguf", "state.json", f"activations-{layer + 1}.f32"}
@@ -201,7 +200,7 @@ def test_resuming_within_a_layer(
         patch.setattr(run, "_write_expert", write_and_stop)
         done = quantize(small, out, "--threads", "2")
     assert done.code == 143
-    assert kept_note(out, layer) in done.err
+    assert kept(out, layer) in done.err
     assert quantize(small, out).code == 0
     assert out.read_bytes() == in_one_go
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..errors import ErnieGgufError
-from .model_file import check_model
 
 
 class EvalError(ErnieGgufError):
@@ -35,6 +34,8 @@ def evaluate(  # noqa: PLR0917 - typer makes options of the parameters
     ] = None,
 ) -> None:
     """Evaluate FILE with tasks of lm-evaluation-harness: MMLU, GSM8K and hundreds more."""
+    from .model_file import check_model
+
     check_model(file, EvalError)
     if importlib.util.find_spec("lm_eval") is None:
         raise EvalError("lm_eval is not installed: run `pip install -e '.[eval]'` in the checkout of ernie-gguf")
