@@ -158,7 +158,7 @@ def test_resuming_after_a_layer(
     if stop is None:
         last = f"note: {kept(out, layer + 1)}\nerror: {out}: No space left on device; the model was not written\n"
     else:
-        last = f"error: stopped by {stop.name}; {kept(out, layer + 1)}\n"
+        last = f"error: stopped by {stop.name}: {kept(out, layer + 1)}\n"
     assert (done.code, done.out) == (1 if stop is None else 128 + stop, "")
     assert done.err.endswith(last)
     assert not out.exists()
