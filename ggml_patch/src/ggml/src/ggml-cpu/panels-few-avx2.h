@@ -185,8 +185,7 @@ template <int C> struct few_ccq2 {
         }
     }
 
-    template <typename Map>
-    void multiply_row(const uint8_t * row, size_t row_size, const Map & map, fvec (&total)[C]) const {
+    template <typename Map> void multiply_row(const uint8_t * row, size_t row_size, const Map & map, fvec (&total)[C]) const {
         const uint8_t * ahead = row + 16 * row_size;
         const size_t    part  = row_size / (k / QK_CCQ);
         for (int64_t step = 0; step < k / QK_CCQ; ++step) {
@@ -214,7 +213,7 @@ template <int C> struct few_ccq2 {
             const pair & p   = y[c][step][i];
             const auto   dot = [&](int j) { return _mm256_maddubs_epi16(w[j], p.q[j]); };
             const ivec   all = _mm256_add_epi16(_mm256_add_epi16(dot(0), dot(1)), _mm256_add_epi16(dot(2), dot(3)));
-            sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(_mm256_sub_epi16(all, p.offset), scales));
+            sum[c]           = _mm256_add_epi32(sum[c], _mm256_madd_epi16(_mm256_sub_epi16(all, p.offset), scales));
         }
     }
 

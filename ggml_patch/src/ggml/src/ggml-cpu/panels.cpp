@@ -30,10 +30,10 @@ static int64_t n_columns(const ggml_tensor * src1) {
 }
 
 bool ggml_panels_use(const ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const panel_type *  type = panels_type(src0->type);
-    const bool alone = n_columns(src1) == 1 || (dst->op == GGML_OP_MUL_MAT_ID && src1->ne[2] == 1);
+    const ggml_tensor * src0  = dst->src[0];
+    const ggml_tensor * src1  = dst->src[1];
+    const panel_type *  type  = panels_type(src0->type);
+    const bool          alone = n_columns(src1) == 1 || (dst->op == GGML_OP_MUL_MAT_ID && src1->ne[2] == 1);
     return type && (type->few.multiply || !alone) && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
            src0->ne[0] % type->block == 0 && src0->nb[0] == ggml_type_size(src0->type) && !src0->extra;
 }
