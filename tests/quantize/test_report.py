@@ -39,6 +39,7 @@ SUMMARY = QuantizeSummary(
     settings={"seed": 7, "calibration": (Path("a|b.txt"),)},
     matrices=(DOWN_0, GATE_1, GATE_0),
     tensor_bits_per_weight={"blk.1.ffn_gate_exps.weight": 2.5, "blk.3.ffn_down_exps.weight": 2.125},
+    tensor_types={"blk.1.ffn_gate_exps.weight": "ccq2", "blk.3.ffn_down_exps.weight": "iq2_s"},
 )
 
 GATE_NUMBERS = {
@@ -105,6 +106,7 @@ def test_json_has_everything() -> None:
                 "name": "blk.1.ffn_gate_exps.weight",
                 "layer": 1,
                 "projection": "gate",
+                "type": "ccq2",
                 "bits_per_weight": 2.5,
                 **GATE_NUMBERS,
                 "experts": [
@@ -132,6 +134,7 @@ def test_json_has_everything() -> None:
                 "name": "blk.3.ffn_down_exps.weight",
                 "layer": 3,
                 "projection": "down",
+                "type": "iq2_s",
                 "bits_per_weight": 2.125,
                 **DOWN_NUMBERS,
                 "experts": [
