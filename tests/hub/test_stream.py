@@ -215,7 +215,9 @@ def test_a_file_that_changes(run: Run, hub: FakeHub, tmp_path: Path, monkeypatch
 
     def change(sent: int) -> None:
         if sent > 6_000_000 and path.read_bytes() == original:
-            path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+            other = path.with_name("other")
+            other.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+            other.replace(path)
 
     hub.on_bytes = change
     done = run()

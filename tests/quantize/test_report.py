@@ -82,7 +82,9 @@ def many(layers: int, experts: int) -> QuantizeSummary:
         for projection in ("gate", "up", "down")
         for expert in range(experts)
     )
-    return replace(SUMMARY, matrices=matrices, tensor_bits_per_weight={matrix.tensor: 2.25 for matrix in matrices})
+    tensors = {matrix.tensor for matrix in matrices}
+    bits, types = dict.fromkeys(tensors, 2.25), dict.fromkeys(tensors, "ccq2")
+    return replace(SUMMARY, matrices=matrices, tensor_bits_per_weight=bits, tensor_types=types)
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ def mix_table(mix: Mix) -> list[RenderableType]:
     rest = table("rest", "type", right("size"))
     for (part, name), nbytes in _rest(mix).items():
         rest.add_row(part, name, human(nbytes))
-    lines: list[RenderableType] = [experts, "", rest, ""]
+    lines: list[RenderableType] = [experts, ""] if experts else []
+    lines += [rest, ""]
     lines += [Text(f"{t.name}: {t.note}") for t in mix.job.plan.tensors if t.note]
     loss = "unknown" if mix.loss is None else f"{mix.loss:.4f}"
     lines.append(
