@@ -68,8 +68,8 @@ drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp o
 
 ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
 
-$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
-	$(BIN)/python -m ernie_gguf.engine.search $(@D)
+$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/llama_build/search.py | $(BIN)/ernie-gguf
+	$(BIN)/python -m ernie_gguf.llama_build.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.
 search: $(SEARCH)

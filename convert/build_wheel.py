@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ernie_gguf.engine.build import build
-from ernie_gguf.engine.install import MANIFEST, manifest
-from ernie_gguf.engine.recipe import PROGRAMS, Flavour, Job
-from ernie_gguf.engine.search import compile_search
+from ernie_gguf.llama_build.build import build
+from ernie_gguf.llama_build.install import MANIFEST, manifest
+from ernie_gguf.llama_build.recipe import PROGRAMS, Flavour, Job
+from ernie_gguf.llama_build.search import compile_search
 
 ROOT = Path(__file__).resolve().parent.parent
 

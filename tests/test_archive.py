@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine.recipe import PROGRAMS
+from ernie_gguf.llama_build.recipe import PROGRAMS
 from support.servers import free_port, running
 
 ROOT = Path(__file__).parent.parent

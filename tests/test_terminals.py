@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from ernie_gguf import report
-from ernie_gguf.engine import info
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import info
 from reference.specimens import TINY
 from rich.console import Console
 from rich.table import Table

@@ -14,15 +14,15 @@ import typer
 
 from .bars import progress_bar as _progress
 from .checkpoint.k_order import KOrder
-from .engine.command import build
-from .engine.info import info
 from .errors import ErnieGgufError, Stopped, leaving, one_line
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 from .hub.lazy import takes_names
+from .llama_build.command import build
 from .plain_help import PlainCommand
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
+from .serving.info import info
 from .serving.run import run
 from .serving.serve import serve
 

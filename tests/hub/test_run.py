@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine import types as weighing
-from ernie_gguf.engine.memory import OWN_CARDS, Question
-from ernie_gguf.engine.types import weigh
 from ernie_gguf.serving import ready as getting
+from ernie_gguf.serving import types as weighing
+from ernie_gguf.serving.memory import OWN_CARDS, Question
+from ernie_gguf.serving.types import weigh
 from support.command_line import Command
 from support.hub_server import FakeHub
 

@@ -138,8 +138,8 @@ def placement(file: Path, gpus: str, ctx: int, args: Sequence[str]) -> list[str]
         ServeError: it does not fit, or the type of KV cache in `args` is not one that is planned for.
         typer.BadParameter: `gpus` are not sizes.
     """
-    from ..engine.memory import KV_BLOCKS, Model, Question, fit, read_sizes, stand_ins
     from ..gguf_file.reader import read_gguf
+    from .memory import KV_BLOCKS, Model, Question, fit, read_sizes, stand_ins
 
     try:
         cards = read_sizes(gpus)

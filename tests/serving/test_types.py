@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine import types as weighing
-from ernie_gguf.engine.memory import GIB, OWN_CARDS, Question
-from ernie_gguf.engine.types import best, possible, weigh, weightless
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import types as weighing
+from ernie_gguf.serving.memory import GIB, OWN_CARDS, Question
+from ernie_gguf.serving.types import best, possible, weigh, weightless
 from reference.specimens import TINY
 from released import bf16_21b, two_bits_300b, write_sparse
 from support.checkpoints import Spec, make

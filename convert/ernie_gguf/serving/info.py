@@ -74,9 +74,9 @@ def _library() -> dict[str, Any]:
     """What is known of the library."""
     import ernie_llama
 
-    from .install import read_manifest
-    from .recipe import digest, patch_dir
-    from .tools import driver_version
+    from ..llama_build.install import read_manifest
+    from ..llama_build.recipe import digest, patch_dir
+    from ..llama_build.tools import driver_version
 
     found = ernie_llama.info()
     built = read_manifest(found.path)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import synthetic
 import typer
-from ernie_gguf.engine import memory
-from ernie_gguf.engine.memory import CPU, GIB, OWN_CARDS, Cards, Model, Plan, Question, fit, place, stand_ins
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import memory
+from ernie_gguf.serving.memory import CPU, GIB, OWN_CARDS, Cards, Model, Plan, Question, fit, place, stand_ins
 from ernie_gguf.serving.serve import ServeError, placement
 from released import SHAPES
 from support.command_line import Command
