@@ -44,7 +44,7 @@ def small_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def types_of(job: Job, request: MixRequest) -> dict[str, GgmlType]:
     mix = choose_mix(job, request, {})
-    return {t.name: t.ggml_type for t in mix.job.plan.tensors if t.role is not Role.EXACT}
+    return {t.name: t.ggml_type for t in mix.job.plan.tensors if t.expected.role is not Role.EXACT}
 
 
 def test_the_knapsack_against_trying_all() -> None:
@@ -80,7 +80,7 @@ def test_a_target_is_met_within_half_a_percent_and_never_exceeded(job: Job, targ
 def test_bits_are_those_of_the_experts(job: Job, bits: float) -> None:
     mix = choose_mix(job, MixRequest(bits=bits), {})
     assert 0.98 * bits <= mix.bits <= bits
-    rest = {t.ggml_type for t in mix.job.plan.tensors if t.role is Role.LINEAR}
+    rest = {t.ggml_type for t in mix.job.plan.tensors if t.expected.role is Role.LINEAR}
     assert rest == {GgmlType.Q8_0}
 
 

@@ -422,14 +422,11 @@ def test_the_disk_fills_up_before_a_layer_is_done(
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "message"),
+    ("module", "options", "what"),
     [
-        ("torch", (), "error: quantize needs torch: run `make quantizer` in the checkout\n"),
-        (
-            "matplotlib.figure",
-            ("--report", "report"),
-            "error: --report draws with matplotlib, which is not installed: run `make quantizer`\n",
-        ),
+        ("torch", (), "torch"),
+        ("sentencepiece", (), "sentencepiece"),
+        ("matplotlib.figure", ("--report", "report"), "matplotlib for --report"),
     ],
 )
 def test_extras_that_are_missing(
@@ -440,8 +437,9 @@ def test_extras_that_are_missing(
     *,
     module: str,
     options: tuple[str, ...],
-    message: str,
+    what: str,
 ) -> None:
+    message = f"error: quantize needs {what}: pip install 'ernie-gguf[quantize]', or `make quantizer` in a checkout\n"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     assert quantize(small, tmp_path / "out.gguf", *options) == (1, "", message)

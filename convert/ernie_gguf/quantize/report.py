@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from ..errors import ErnieGgufError, OutputError
+from ..errors import ExtraError, OutputError
 from ..files import replacing
-from ..report import right, table
+from ..tables import right, table
 from ..units import human
 from .pictures import PICTURES
 from .stats import Group, MatrixStats, by_projection, by_tensor
@@ -225,7 +225,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
 
     Raises:
         OutputError: the folder cannot be created or written, or holds a report and `overwrite` is false.
-        ErnieGgufError: matplotlib is missing.
+        ExtraError: matplotlib is missing.
     """
     place = folder if folder.exists() else folder.parent
     if folder.exists() and not folder.is_dir():
@@ -243,7 +243,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     try:
         import matplotlib.figure  # noqa: F401 - a part of the extra
     except ImportError as error:
-        raise ErnieGgufError("--report draws with matplotlib, which is not installed: run `make quantizer`") from error
+        raise ExtraError("matplotlib for --report") from error
 
 
 @contextmanager

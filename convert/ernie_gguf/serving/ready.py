@@ -84,7 +84,8 @@ def _question(ctx: int) -> Question:
 def _experts_beside(file: Path, ctx: int) -> int:
     """Layers whose experts do not fit on the cards."""
     from ..gguf_file.reader import read_gguf
-    from .memory import OWN_CARDS, EstimateError, Model, fit
+    from .cards import OWN_CARDS, EstimateError
+    from .memory import Model, fit
 
     try:
         return fit(Model(read_gguf(file)), _question(ctx), OWN_CARDS)[-1].n_cpu_moe
@@ -110,7 +111,7 @@ def _make(source: Path, name: HubName, ctx: int, outtype: Outtype | None, yes: b
 
 def _choose(place: Place, question: Question, outtype: Outtype | None) -> Weighed:
     """The type asked for, else the most exact one that fits."""
-    from .memory import OWN_CARDS
+    from .cards import OWN_CARDS
     from .types import best, weigh
 
     found = weigh(place.folder, question, OWN_CARDS, [outtype] if outtype else None, text_only=True)
@@ -124,11 +125,11 @@ def _choose(place: Place, question: Question, outtype: Outtype | None) -> Weighe
 
 def _convert(place: Place, name: HubName, chosen: Weighed, yes: bool) -> Path:
     """Say what it takes, ask, and write the file."""
-    from ..bars import progress_bar
     from ..convert import output_path, prepare, write_gguf
     from ..hub.k_order import fetch_for_k_order
     from ..hub.source import duration
     from ..hub.stream import check_disk, convert_stream, plan_stream
+    from ..progress import progress_bar
     from ..units import human
 
     folder, threads = models_folder(name), min(4, os.cpu_count() or 1)
