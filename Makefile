@@ -137,7 +137,7 @@ test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan de
 
 quality: build quantizer ## measure calibrated types and mixes beside llama.cpp's on examples/ernie-tiny; draw a curve
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
-	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --picture $(BUILD_DIR)/quality.png
+	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --plot $(BUILD_DIR)/quality.png
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Cross-compile the patched llama.cpp for ARM and test ccq2 in an emulator (qemu), which says nothing of speed.
+"""Cross-compile the patched llama.cpp for ARM and test ccq2 in an emulator (qemu), which tells nothing about speed.
 
 The kernels are compiled for three levels of the architecture, the rest once. Tests run side by side, as many as --jobs.
 """

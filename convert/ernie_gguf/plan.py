@@ -239,5 +239,5 @@ def make_plans(
         move = absorb if absorbed else restore
         planned, projector = tuple(map(move, planned)), tuple(map(move, projector))
     plan = Plan(named, planned, mapped.dropped, absorbed)
-    eyes = Plan(Outtype(choices.projector.name.lower()), projector, (), absorbed) if projector else None
-    return plan, eyes
+    mmproj = Plan(Outtype(choices.projector.name.lower()), projector, (), absorbed) if projector else None
+    return plan, mmproj

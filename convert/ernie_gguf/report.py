@@ -69,17 +69,17 @@ def k_order_lines(order: KOrder, finding: KOrderFinding | None, absorbed: bool) 
 
 
 def job_json(job: Job, paths: Sequence[Path], mmproj: Path | None) -> dict[str, Any]:
-    """All plans of a conversion for --json: the model's, and under `mmproj` that of its eyes."""
-    eyes = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
+    """All plans of a conversion for --json: the model's, and under `mmproj` that of its vision encoder."""
+    vision = {"mmproj": plan_json(job.projector, [mmproj])} if job.projector and mmproj else {}
     small = {"notes": job.notes} | k_order_json(job.k_order, job.k_order_finding)
-    return plan_json(job.plan, paths) | small | eyes
+    return plan_json(job.plan, paths) | small | vision
 
 
 def job_table(job: Job, paths: Sequence[Path], mmproj: Path | None) -> list[RenderableType]:
     """All plans of a conversion for people."""
-    eyes = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
+    vision = ["", *plan_table(job.projector, [mmproj])] if job.projector and mmproj else []
     notes = k_order_lines(job.k_order, job.k_order_finding, job.plan.absorbed) + _notes(job)
-    return plan_table(job.plan, paths, notes) + eyes
+    return plan_table(job.plan, paths, notes) + vision
 
 
 def _notes(job: Job) -> list[Text]:
@@ -145,7 +145,7 @@ def _inexact_text(inexact: dict[str, Inexact]) -> list[Text]:
 def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
     """The summary of a conversion for --json."""
     plan = job.plan
-    eyes = {"mmproj": {"file": str(result.paths[-1]), "types": _plan_types(job.projector)}} if job.projector else {}
+    vision = {"mmproj": {"file": str(result.paths[-1]), "types": _plan_types(job.projector)}} if job.projector else {}
     return {
         "file": str(result.paths[0]),
         "files": [str(path) for path in result.paths],
@@ -159,7 +159,7 @@ def result_json(job: Job, result: ConvertResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "bytes_per_second": round(result.nbytes / result.seconds),
         **k_order_json(job.k_order, job.k_order_finding),
-        **eyes,
+        **vision,
     }
 
 

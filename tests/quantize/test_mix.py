@@ -146,9 +146,9 @@ def test_measured_losses_move_bits_to_the_hard_layers(job: Job, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{}", "is no report.json"),
-        ('{"tensors": []}', "says nothing of blk.1.ffn_gate_exps.weight"),
-        ("not json", "is no report.json"),
+        ("{}", "not a report.json"),
+        ('{"tensors": []}', "has no error of blk.1.ffn_gate_exps.weight"),
+        ("not json", "not a report.json"),
         (None, "No such file"),
     ],
 )

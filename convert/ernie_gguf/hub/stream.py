@@ -131,7 +131,7 @@ def convert_stream(
     restart: bool,
     progress: Callable[[int], Any],
 ) -> ConvertResult:
-    """Write the files of a stream; what is interrupted goes on where it was, from the same commit.
+    """Write the files of a stream; an interrupted run resumes, from the same commit.
 
     `progress(total)` is a context manager that gives a function to call with bytes of the source.
     """

@@ -22,7 +22,7 @@ from .recipe import Flavour, Job, digest, patch_dir
 def build(job: Job, report: Report) -> None:
     """Build `job`, so that `job.bin` holds the library and the programs.
 
-    An interrupted build goes on where it was.
+    An interrupted build resumes.
 
     Raises:
         ToolError: a tool is missing or too old, or the disk is too small.

@@ -125,7 +125,7 @@ def parse_override(text: str) -> Override:
     try:
         return Override(re.compile(pattern), GgmlType[name.upper()])
     except re.error as error:
-        raise ValueError(f"{text!r}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{text!r}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def overridden(plan: Plan, overrides: Sequence[Override]) -> dict[str, GgmlType]:

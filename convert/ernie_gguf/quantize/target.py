@@ -100,10 +100,10 @@ def read_losses(report: Path, plan: Plan) -> dict[str, float]:
     except OSError as error:
         raise QuantizeError(f"{path}: {error.strerror}; expected report.json of an earlier --report") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise QuantizeError(f"{path}: is no report.json of `quantize --report` ({error!r})") from error
+        raise QuantizeError(f"{path}: not a report.json of `quantize --report` ({error!r})") from error
     missing = [name for name in expected if not errors.get(name, 0) > 0 or types[name] not in EXPERT_LOSS]
     if missing:
-        raise QuantizeError(f"{path}: says nothing of {missing[0]}: expected the report of a run on this checkpoint")
+        raise QuantizeError(f"{path}: has no error of {missing[0]}: expected the report of a run on this checkpoint")
     in_ccq2 = {name: errors[name] * EXPERT_LOSS[GgmlType.CCQ2] / EXPERT_LOSS[types[name]] for name in expected}
     out: dict[str, float] = {}
     for projection in ("gate", "up", "down"):  # each projection keeps its share of the whole

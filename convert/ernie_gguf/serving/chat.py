@@ -23,7 +23,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class ChatError(ErnieGgufError):
-    """FILE cannot be used for a chat."""
+    """The file does not load, or does not fit a chat."""
 
 
 def chat(  # noqa: PLR0917 - typer makes options of the parameters

@@ -190,8 +190,8 @@ def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) 
     given = {arg.split("=", 1)[0] for arg in args}
     chosen = [part for names, parts in DEFAULTS if not given & set(names) for part in parts]
     alias = [] if given & {"--alias", "-a"} else ["--alias", file.stem]
-    eyes = [] if mmproj is None else ["--mmproj", str(mmproj)]
-    return [str(server_program()), "--model", str(file), *eyes, *alias, *chosen, *args]
+    vision = [] if mmproj is None else ["--mmproj", str(mmproj)]
+    return [str(server_program()), "--model", str(file), *vision, *alias, *chosen, *args]
 
 
 def server_program() -> Path:

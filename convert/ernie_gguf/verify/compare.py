@@ -26,7 +26,7 @@ from .rows import compare_rows
 
 
 def planned_types(file: GgufFile) -> dict[str, str]:
-    """The types that a mix gives its tensors, by the file's own metadata; nothing if it is no mix."""
+    """The types that a mix gives its tensors, by the file's own metadata; nothing if it is not a mix."""
     entries = file.metadata.get(MIX_KEY, [])
     if not isinstance(entries, list) or not all(isinstance(each, str) and "=" in each for each in entries):
         raise GgufError(f"{file.path}: {MIX_KEY} is damaged: expected a list of NAME=TYPE")
