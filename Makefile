@@ -64,12 +64,12 @@ refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (on
 	$(BIN)/python ggml_patch/tree.py refresh --tree $(TREE) --cache $(BUILD_DIR)
 
 drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp on PyPI; DRIFT=--build builds and tests it
-	$(BIN)/python ggml_patch/drift.py --cache $(BUILD_DIR) --jobs $(JOBS) $(DRIFT)
+	$(BIN)/python tools/drift.py --cache $(BUILD_DIR) --jobs $(JOBS) $(DRIFT)
 
 ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
 
-$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/engine/search.py | $(BIN)/ernie-gguf
-	$(BIN)/python -m ernie_gguf.engine.search $(@D)
+$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/llama_build/search.py | $(BIN)/ernie-gguf
+	$(BIN)/python -m ernie_gguf.llama_build.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.
 search: $(SEARCH)
@@ -90,16 +90,16 @@ build-vulkan: | $(BIN)/ernie-gguf ## build it for GPUs with Vulkan (glslc, libvu
 	@ln -sfn $(abspath $(VULKAN))/bin $(LIB)
 
 wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every x86-64 CPU, in dist/
-	$(BIN)/python convert/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
+	$(BIN)/python tools/build_wheel.py --folder $(BUILD_DIR) --jobs $(JOBS)
 
 RELEASE_ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR)/release --jobs $(JOBS)
 
 archives: wheel ## pack programs and libraries as llama.cpp's releases are, in dist/; for CUDA too if nvcc is here
-	$(BIN)/python convert/build_archive.py cpu=$(BUILD_DIR)/wheel/ernie_llama/lib
+	$(BIN)/python tools/build_archive.py cpu=$(BUILD_DIR)/wheel/ernie_llama/lib
 	@if command -v nvcc >/dev/null; then \
 	    $(RELEASE_ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON \
 	        -DGGML_CPU_ALL_VARIANTS=ON && \
-	    $(BIN)/python convert/build_archive.py cuda=$(BUILD_DIR)/release/cuda/bin; \
+	    $(BIN)/python tools/build_archive.py cuda=$(BUILD_DIR)/release/cuda/bin; \
 	else echo 'no nvcc: no archive for CUDA'; fi
 
 release: ## from a clean tree: lint, tests, wheel, sdist, archives, checks; nothing is uploaded
@@ -108,7 +108,7 @@ release: ## from a clean tree: lint, tests, wheel, sdist, archives, checks; noth
 	$(MAKE) lint test archives
 	$(BIN)/python -m build --sdist
 	$(BIN)/twine check --strict dist/ernie_gguf-*
-	$(PYTHON) convert/check_wheel.py dist/*.whl
+	$(PYTHON) tools/check_wheel.py dist/*.whl
 
 # --- using it
 
@@ -128,7 +128,7 @@ test: $(VENV)/.extras-$(EXTRAS) build ## run every test (installs and builds wha
 	LLAMA_CPP_BIN=$(abspath $(CPU))/bin LLAMA_CPP_TREE=$(abspath $(TREE)) $(BIN)/pytest
 
 test-arm: build $(DEMO)/ernie-tiny-ccq2.gguf ## cross-compile for ARM, test in an emulator (needs g++-aarch64-linux-gnu, qemu-user)
-	$(BIN)/python ggml_patch/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
+	$(BIN)/python tools/arm.py --tree $(TREE) --folder $(BUILD_DIR)/arm --peer $(CPU)/bin \
 	    --model $(DEMO)/ernie-tiny-ccq2.gguf --jobs $(JOBS)
 
 test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan device; mesa-vulkan-drivers makes the CPU one
@@ -137,7 +137,7 @@ test-vulkan: $(VENV)/.extras-$(EXTRAS) build ## test ccq2 on the first Vulkan de
 
 quality: build quantizer ## measure calibrated types and mixes beside llama.cpp's on examples/ernie-tiny; draw a curve
 	$(BIN)/python benchmarks/quality.py examples/ernie-tiny --calibration convert --evaluate tests \
-	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --picture $(BUILD_DIR)/quality.png
+	    --evaluate-bytes 150000 --llama-cpp $(CPU)/bin --plot $(BUILD_DIR)/quality.png
 
 lint: $(VENV)/.extras-$(EXTRAS) ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff check .

@@ -263,7 +263,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 def curve(rows: Sequence[Row]) -> bytes:
     """A PNG: KL divergence (logarithmic) against bits per weight of the experts; a line for what is calibrated here."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only the picture needs it
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only the plot needs it
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -332,7 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantize-args", default="", metavar="ARGS", help='more for ernie-gguf quantize: --quantize-args="--device …"'
     )
-    parser.add_argument("--picture", type=Path, help="draw KL divergence against the experts' bits to this PNG")
+    parser.add_argument("--plot", type=Path, help="draw KL divergence against the experts' bits to this PNG")
     add_threads(parser)
     add_folder(parser, "see above")
     return parser
@@ -362,8 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "quantize_args": options.quantize_args,
         "rows": rows,
     }
-    if options.picture:
-        options.picture.write_bytes(curve(rows))
+    if options.plot:
+        options.plot.write_bytes(curve(rows))
     names = ", ".join(path.name for path in options.evaluate)
     title = f"{options.checkpoint.name} against bf16, {len(evaluation):,} bytes of {names}"
     report(results, table_of(rows, title), options, page=f"Quality: {options.checkpoint.name}")

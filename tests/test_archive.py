@@ -4,19 +4,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import urllib.request
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine.recipe import PROGRAMS
+from build_archive import Archive, ArchiveError, pack
+from ernie_gguf.llama_build.recipe import PROGRAMS
 from support.servers import free_port, running
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "convert"))
-
-from build_archive import Archive, ArchiveError, pack  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from ernie_gguf.ccq2 import native
 from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.transform import Inexact
-from ernie_gguf.verify.compare import Finding, Verdict
+from ernie_gguf.verify.finding import Finding, Verdict
 from ernie_gguf.verify.report import verdicts_table
 from ernie_gguf.write import EncodeValues, Piece
 from reference.specimens import TINY

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ernie_gguf import report
-from ernie_gguf.engine import info
+from ernie_gguf import tables
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import info
 from reference.specimens import TINY
 from rich.console import Console
 from rich.table import Table
@@ -130,10 +130,10 @@ def test_no_table_hides_a_cell_on_a_narrow_terminal(narrow: Callable[..., str], 
 def test_every_table_is_shown_whole() -> None:
     """Of a table with a column of each kind no cell is cut at any width."""
     cells = ("blk.53.ffn_gate_shexp.weight", "123,456", "a text of several words", "MISMATCH")
-    shown = report.table(report.whole("name"), report.right("number"), "text", "verdict")
+    shown = tables.table(tables.whole("name"), tables.right("number"), "text", "verdict")
     shown.add_row(*cells)
     for width in range(10, 120, 7):
-        console = Console(width=max(width, report.least_width(shown)), file=io.StringIO())
+        console = Console(width=max(width, tables.least_width(shown)), file=io.StringIO())
         console.print(shown)
         assert isinstance(console.file, io.StringIO)
         text = console.file.getvalue()
@@ -154,9 +154,9 @@ def test_info_lists_its_devices() -> None:
 
 
 def test_brackets_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = report.table("a")
+    shown = tables.table("a")
     shown.add_row("Xeon [R] [/x]")
-    report.show(["note: [x] of [/y]", shown])
+    tables.show(["note: [x] of [/y]", shown])
     assert capsys.readouterr().out.split("\n") == ["note: [x] of [/y]", "a", "Xeon [R] [/x]", ""]
 
 

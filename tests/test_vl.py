@@ -25,7 +25,7 @@ SPEC = Spec(layers=3, experts=4, heads=6, kv_heads=2, first_moe=1)
 def convert(
     source: Path, folder: Path, outtype: str = "auto", choices: Choices | None = None, text_only: bool = False
 ) -> list[GgufFile]:
-    """The model and, unless `text_only`, its eyes; both verified."""
+    """The model and, unless `text_only`, its mmproj; both verified."""
     folder.mkdir()
     job = prepare(source, Outtype(outtype), text_only, choices)
     mmproj = None if text_only else folder / "mmproj.gguf"
@@ -84,17 +84,17 @@ def test_what_the_language_model_drops(tmp_path: Path) -> None:
 
 
 def test_keys(tmp_path: Path) -> None:
-    model, eyes = convert(make_vl(tmp_path / "ERNIE-VL", SPEC), tmp_path / "out")
+    model, mmproj = convert(make_vl(tmp_path / "ERNIE-VL", SPEC), tmp_path / "out")
     assert model.metadata["ernie4_5-moe.rope.dimension_sections"] == [10, 11, 11, 0]
     assert model.metadata["ernie4_5-moe.expert_vision_feed_forward_length"] == VISION_WIDTH
     assert model.metadata["ernie4_5-moe.vision_token_range"] == [4000, 4095]
-    assert (eyes.metadata["general.architecture"], eyes.metadata["general.type"]) == ("clip", "mmproj")
-    keys = {key.removeprefix("clip.vision."): value for key, value in eyes.metadata.items()}
+    assert (mmproj.metadata["general.architecture"], mmproj.metadata["general.type"]) == ("clip", "mmproj")
+    keys = {key.removeprefix("clip.vision."): value for key, value in mmproj.metadata.items()}
     assert (keys["embedding_length"], keys["feed_forward_length"], keys["block_count"]) == (TOWER, 4 * TOWER, 2)
     assert (keys["projection_dim"], keys["image_min_pixels"], keys["image_max_pixels"]) == (256, 3136, 4842768)
     assert keys["attention.layer_norm_epsilon"] == pytest.approx(1e-6)
     assert keys["projector.norm_epsilon"] == pytest.approx(1e-5)
-    (patch,) = (tensor for tensor in eyes.tensors if tensor.name == "v.patch_embd.weight")
+    (patch,) = (tensor for tensor in mmproj.tensors if tensor.name == "v.patch_embd.weight")
     assert (patch.ne, patch.type_name) == ((14, 14, 3, TOWER), "f32")
 
 
@@ -111,12 +111,12 @@ def test_preprocessor_of_the_checkpoint(tmp_path: Path) -> None:
     source = make_vl(tmp_path / "vl", SPEC)
     values = {"min_pixels": 784, "max_pixels": 78400, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.1, 0.2, 0.3]}
     (source / "preprocessor_config.json").write_text(json.dumps(values))
-    _, eyes = convert(source, tmp_path / "out")
-    assert (eyes.metadata["clip.vision.image_min_pixels"], eyes.metadata["clip.vision.image_max_pixels"]) == (
+    _, mmproj = convert(source, tmp_path / "out")
+    assert (mmproj.metadata["clip.vision.image_min_pixels"], mmproj.metadata["clip.vision.image_max_pixels"]) == (
         784,
         78400,
     )
-    assert eyes.metadata["clip.vision.image_std"] == pytest.approx([0.1, 0.2, 0.3])
+    assert mmproj.metadata["clip.vision.image_std"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_types(tmp_path: Path) -> None:
@@ -259,18 +259,23 @@ def test_a_missing_tensor(tmp_path: Path, name: str) -> None:
 
 
 def test_both_files_or_neither(tmp_path: Path) -> None:
-    source, (out, eyes) = make_vl(tmp_path / "vl", SPEC), (tmp_path / "out.gguf", tmp_path / "absent" / "eyes.gguf")
+    source, (out, mmproj) = make_vl(tmp_path / "vl", SPEC), (tmp_path / "out.gguf", tmp_path / "absent" / "mmproj.gguf")
 
     def attempt(mmproj: Path | None, message: str) -> None:
         with pytest.raises(ErnieGgufError, match=message):
             write_gguf(prepare(source, Outtype.AUTO), out, 1, False, lambda _: None, mmproj=mmproj)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["vl"]
 
-    attempt(eyes, r"absent: no such folder; create it first$")
+    attempt(mmproj, r"absent: no such folder; create it first$")
     attempt(None, r"makes two files: give --mmproj FILE for its vision encoder, or --text-only$")
     attempt(out, r"--mmproj and --outfile name the same file$")
     with pytest.raises(OutputError, match=r"--mmproj is for vision-language \(VL\) checkpoints, without --text-only$"):
         write_gguf(
-            prepare(source, Outtype.AUTO, text_only=True), out, 1, False, lambda _: None, mmproj=tmp_path / "eyes.gguf"
+            prepare(source, Outtype.AUTO, text_only=True),
+            out,
+            1,
+            False,
+            lambda _: None,
+            mmproj=tmp_path / "mmproj.gguf",
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vl"]

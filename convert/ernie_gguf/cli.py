@@ -1,42 +1,46 @@
 """The command `ernie-gguf`. Heavy imports happen inside the commands, so that --help is quick."""
 
-import io
 import os
-import shutil
 import signal
 import sys
-import textwrap
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from .bars import progress_bar as _progress
 from .checkpoint.k_order import KOrder
-from .engine.command import build
-from .engine.info import info
-from .errors import ErnieGgufError, Stopped, leaving, one_line
+from .errors import ErnieGgufError, Stopped, leaving
 from .gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
 from .hub.lazy import takes_names
+from .llama_build.command import build
+from .messages import fail, os_error, print_anything
+from .options import (
+    AsJson,
+    DryRun,
+    KOrderOption,
+    Mmproj,
+    MmprojType,
+    OutputTensorType,
+    Overwrite,
+    TextOnly,
+    Threads,
+    TokenEmbeddingType,
+    VisionTokensOption,
+)
 from .plain_help import PlainCommand
+from .progress import progress_bar as _progress
 from .quantize.command import quantize
 from .serving.chat import chat
 from .serving.evaluate import evaluate
+from .serving.info import info
 from .serving.run import run
 from .serving.serve import serve
 
 if TYPE_CHECKING:
     from .checkpoint.find_k_order import KOrderFinding
 
-KOrderOption = Annotated[
-    KOrder,
-    typer.Option(
-        help="In which order of K the experts of a 2-bit checkpoint were quantized: natural, or shuffled as Baidu's "
-        "engine reads them since July 2025. auto: found from their weights, refused where these do not tell."
-    ),
-]
-_LONGEST = 2000  # characters of an error message: names in a checkpoint may have any length
+_THREADS = min(os.cpu_count() or 1, 4)
 
 app = typer.Typer(
     help="ERNIE-4.5 checkpoints in llama.cpp: convert, quantize, verify, serve, chat, evaluate.",
@@ -86,20 +90,10 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             "Norms, router and its bias are f32 in every type."
         ),
     ] = Outtype.AUTO,
-    token_embedding_type: Annotated[
-        FloatType | None, typer.Option(help="Type of token_embd.weight, whatever --outtype says.", show_default=False)
-    ] = None,
-    output_tensor_type: Annotated[
-        FloatType | None, typer.Option(help="Type of output.weight, whatever --outtype says.", show_default=False)
-    ] = None,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where to write the vision encoder (mmproj) of a VL checkpoint.",
-            show_default=False,
-        ),
-    ] = None,
-    mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
+    token_embedding_type: TokenEmbeddingType = None,
+    output_tensor_type: OutputTensorType = None,
+    mmproj: Mmproj = None,
+    mmproj_type: MmprojType = FloatType.BF16,
     vision_experts: Annotated[
         ExpertType | None,
         typer.Option(
@@ -107,13 +101,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             show_default=False,
         ),
     ] = None,
-    vision_tokens: Annotated[
-        VisionTokens,
-        typer.Option(
-            help="Which text tokens go through the vision experts too. all: every id from the image placeholder on, as "
-            "in Baidu's engine; marks: those around an image, as in transformers."
-        ),
-    ] = VisionTokens.ALL,
+    vision_tokens: VisionTokensOption = VisionTokens.ALL,
     ccq_k_order: KOrderOption = KOrder.AUTO,
     split_max_size: Annotated[
         str | None,
@@ -122,21 +110,17 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             show_default=False,
         ),
     ] = None,
-    text_only: Annotated[
-        bool, typer.Option("--text-only", help="Take the language model of a vision-language (VL) checkpoint.")
-    ] = False,
+    text_only: TextOnly = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Store nothing of SRC, a name: fetch a part, convert it, drop it.")
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="With --stream: start over instead of resuming an interrupted run.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the summary as JSON.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads; memory grows with them.")] = min(
-        os.cpu_count() or 1, 4
-    ),
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    threads: Threads = _THREADS,
 ) -> None:
     """Convert a checkpoint to a GGUF file, or to several."""
     from . import report
@@ -147,6 +131,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
     from .hub.space import announce, downloaded
     from .hub.stream import check_disk, convert_stream, plan_stream
     from .plan import choose
+    from .tables import show
 
     try:
         split_bytes = None if split_max_size is None else parse_size(split_max_size)
@@ -166,7 +151,7 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             raise typer.BadParameter(f"{source} is here already: it is for names on the Hub", param_hint="--stream")
         if dry_run:
             paths = split_paths(path, len(split_plan(job.plan, split_bytes)))
-            report.show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
+            show(report.job_json(job, paths, mmproj) if as_json else report.job_table(job, paths, mmproj))
             announce(job, place, path, mmproj)
             return
         _mention_leftovers(path.parent)
@@ -184,27 +169,28 @@ def convert(  # noqa: PLR0917 - typer makes options of the parameters
             stopped = leaving("; no output was written, run the command again")
             with stopped, _progress(job.nbytes, even=not slow) as progress:
                 result = write_gguf(job, path, threads, overwrite, progress, split_max_bytes=split_bytes, mmproj=mmproj)
-        report.show(report.result_json(job, result) if as_json else report.result_text(job, result))
+        show(report.result_json(job, result) if as_json else report.result_text(job, result))
 
 
 @app.command(cls=PlainCommand, short_help="Show what a GGUF file, or a checkpoint, holds.")
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a checkpoint: a folder or a name.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a GGUF file's metadata, tensors, sizes and bits per weight, or those of a checkpoint from its headers."""
-    from . import report
     from .gguf_file.reader import read_gguf
     from .hub.describe import checkpoint_json, checkpoint_table
     from .hub.names import is_checkpoint
     from .hub.source import opened
+    from .inspection import file_json, file_table
+    from .tables import show
 
     if is_checkpoint(file):
         with opened(file) as place:
-            report.show(checkpoint_json(place) if as_json else checkpoint_table(place))
+            show(checkpoint_json(place) if as_json else checkpoint_table(place))
         return
     gguf = read_gguf(file)
-    report.show(report.file_json(gguf) if as_json else report.file_table(gguf))
+    show(file_json(gguf) if as_json else file_table(gguf))
 
 
 @app.command(cls=PlainCommand, short_help="Compare every weight of a GGUF with its checkpoint.")
@@ -212,32 +198,32 @@ def inspect(
 def verify(  # noqa: PLR0917 - typer makes options of the parameters
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint's folder.")],
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The file made from it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    text_only: Annotated[bool, typer.Option("--text-only", help="SRC is a vision-language (VL) checkpoint.")] = False,
+    as_json: AsJson = False,
+    text_only: TextOnly = False,
     ccq_k_order: KOrderOption = KOrder.AUTO,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = min(os.cpu_count() or 1, 4),
+    threads: Threads = _THREADS,
 ) -> None:
     """Compare every weight of a GGUF with the checkpoint it was made from.
 
     The GGUF may be an mmproj. The exit code is 1 if a weight is wrong.
     """
     from .checkpoint.find_k_order import find_k_order
-    from .checkpoint.names import collect
     from .convert import read_checkpoint
     from .gguf_file.reader import read_gguf
     from .mapping import map_tensors
-    from .report import show
+    from .tables import show
     from .verify.compare import tensors_of
     from .verify.compare import verify as compare
     from .verify.report import k_orders, verdicts_json, verdicts_table
 
     gguf = read_gguf(file)
     config, headers = read_checkpoint(source, text_only)
-    mapped = tensors_of(map_tensors(config, headers), gguf)
-    finding = find_k_order(config, collect(headers, config).sources)
+    mapping = map_tensors(config, headers)
+    mapped = tensors_of(mapping, gguf)
+    finding = find_k_order(config, mapping.sources)
     _mention_k_order(source, finding, ccq_k_order)
     order = finding.order if finding and ccq_k_order is KOrder.AUTO else ccq_k_order
-    with _progress(sum(tensor.elements for tensor in mapped), "Comparing", bytes_=False) as progress:
+    with _progress(sum(tensor.expected.elements for tensor in mapped), "Comparing", bytes_=False) as progress:
         verdicts = compare(mapped, gguf, threads, progress, order)
     orders = k_orders(gguf, finding, order)
     show(verdicts_json(gguf, verdicts, orders) if as_json else verdicts_table(gguf, verdicts, orders))
@@ -284,47 +270,22 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    # Names may come from hostile files: keep line breaks and escape sequences off the terminal.
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    if len(line) > _LONGEST:
-        line = f"{line[:_LONGEST]}… ({len(line)} characters)"
-    line = f"error: {line}"
-    if sys.stderr.isatty():
-        line = textwrap.fill(line, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-    sys.stderr.write(f"{line}\n")
-    sys.exit(code)
-
-
-def _os_error(exc: OSError) -> str:
-    # The path goes through the error's repr nowhere: bytes that are no text are shown by _fail.
-    place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, (str, bytes)) else ""
-    return f"{place}{exc.strerror or one_line(exc)}"
-
-
-def _print_anything() -> None:
-    """Let stdout and stderr escape what their encoding cannot hold: names in checkpoints and paths may be anything."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 bad input or output, 2 wrong usage, 130 and 143 interrupted."""
-    _print_anything()
+    print_anything()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
         app()
     except ErnieGgufError as exc:
-        _fail(str(exc), 1)
+        fail(str(exc), 1)
     except BrokenPipeError:
         # The reader of our output has gone; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as exc:
-        _fail(_os_error(exc), 1)
+        fail(os_error(exc), 1)
     except MemoryError:
-        _fail("out of memory", 1)
+        fail("out of memory", 1)
     except Stopped as stop:
-        _fail(f"stopped by {signal.Signals(stop.number).name}{stop.left}", 128 + stop.number)
+        fail(f"stopped by {signal.Signals(stop.number).name}{stop.left}", 128 + stop.number)

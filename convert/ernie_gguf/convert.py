@@ -3,8 +3,6 @@
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,22 +14,20 @@ from .checkpoint.config import ErnieConfig, read_config
 from .checkpoint.find_k_order import KOrderFinding, find_k_order, raise_unclear
 from .checkpoint.generation import NO_SAMPLING, Sampling, read_sampling
 from .checkpoint.k_order import KOrder
-from .checkpoint.names import collect
 from .checkpoint.shards import TensorHeader, read_headers, stale_weights
 from .checkpoint.source import checkpoint_folder
 from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
-from .files import free_bytes, replacing
 from .gguf_file.outtype import Outtype, VisionTokens
 from .gguf_file.split import add_split_keys, split_paths, split_sizes
 from .gguf_file.types import GgmlType
-from .gguf_file.writer import add_tensor, unfinished
+from .gguf_file.writer import add_tensor
 from .mapping import map_tensors
 from .metadata import repacks_two_bits, set_inexact_rows, write_layout, write_metadata, write_projector
 from .plan import Choices, Plan, make_plans, resolve_auto
 from .transform import Inexact
-from .write import Progress, data_nbytes, write_tensors
+from .write import Output, Progress, written
 
 _NUMPY_RATE = 48_000  # weights per second that numpy encodes as ccq2, whatever the threads: 65 s for the example
 _SPLIT_NAME = re.compile(r"(ERNIE.*?)-TP(\d+)(-Paddle)?$", re.IGNORECASE)
@@ -123,7 +119,7 @@ def prepare(
     source = checkpoint_folder(source)
     config, headers = read_checkpoint(source, text_only)
     mapped = map_tensors(config, headers)
-    finding = find_k_order(config, collect(headers, config).sources) if look else None
+    finding = find_k_order(config, mapped.sources) if look else None
     order = k_order
     if k_order is KOrder.AUTO:
         order = finding.order if finding else KOrder.NATURAL
@@ -186,21 +182,9 @@ def projector_header(job: Job, plan: Plan) -> GGUFWriter:
     return _with_tensors(writer, plan)
 
 
-@contextmanager
-def projector_file(job: Job, mmproj: Path | None, threads: int, overwrite: bool) -> Iterator[None]:
-    """Write the mmproj of a VL model; it appears under its name if the block succeeds."""
-    if job.projector is None or mmproj is None:
-        yield
-        return
-    with replacing(mmproj, overwrite) as temporary:
-        with unfinished(temporary, projector_header(job, job.projector)) as (fd, data_offset):
-            write_tensors(job.projector, fd, data_offset, threads, lambda _: None)
-        yield
-
-
 def _with_tensors(writer: GGUFWriter, plan: Plan) -> GGUFWriter:
     for tensor in plan.tensors:
-        add_tensor(writer, tensor.name, tensor.file_shape or tensor.shape, tensor.ggml_type, tensor.nbytes)
+        add_tensor(writer, tensor.name, tensor.expected.stored_shape, tensor.ggml_type, tensor.nbytes)
     return writer
 
 
@@ -219,35 +203,30 @@ def slow_note(plan: Plan) -> str:
     )
 
 
-def _check_disk(paths: list[Path], plans: list[Plan]) -> None:
-    """Raises OutputError if a disk has no room for what goes there."""
-    needed: dict[int, int] = {}
-    for path, plan in zip(paths, plans, strict=True):
-        device = path.parent.stat().st_dev
-        needed[device] = needed.get(device, 0) + data_nbytes(plan)
-        if needed[device] > (free := free_bytes(path.parent)):
-            raise OutputError(f"{path}: needs {needed[device]} bytes, the disk has {free} free; nothing was written")
-
-
 def split_plan(plan: Plan, max_bytes: int | None) -> list[Plan]:
     """The plan of each file."""
     parts = split_sizes([tensor.nbytes for tensor in plan.tensors], max_bytes)
     return [replace(plan, tensors=plan.tensors[part]) for part in parts]
 
 
-def output_files(
-    job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
-) -> tuple[list[Path], list[Plan], list[GGUFWriter]]:
-    """Name, plan and header of every file: the model's, then that of its eyes."""
+def model_outputs(job: Job, outfile: Path, split_max_bytes: int | None) -> list[Output]:
+    """The files of the model itself."""
+    plans = split_plan(job.plan, split_max_bytes)
+    headers = [file_header(job, plans, number) for number in range(len(plans))]
+    return [Output(*each) for each in zip(split_paths(outfile, len(plans)), plans, headers, strict=True)]
+
+
+def mmproj_outputs(job: Job, mmproj: Path | None) -> list[Output]:
+    """The vision encoder's file, for a VL model."""
+    if job.projector is None or mmproj is None:
+        return []
+    return [Output(mmproj, job.projector, projector_header(job, job.projector))]
+
+
+def outputs_of(job: Job, outfile: Path, split_max_bytes: int | None, mmproj: Path | None) -> list[Output]:
+    """Every file of a conversion, the mmproj last."""
     check_mmproj(job, outfile, mmproj)
-    parts = split_plan(job.plan, split_max_bytes)
-    writers = [file_header(job, parts, number) for number in range(len(parts))]
-    paths = split_paths(outfile, len(parts))
-    if job.projector is not None and mmproj is not None:
-        parts.append(job.projector)
-        writers.append(projector_header(job, job.projector))
-        paths.append(mmproj)
-    return paths, parts, writers
+    return [*model_outputs(job, outfile, split_max_bytes), *mmproj_outputs(job, mmproj)]
 
 
 def require_k_order(job: Job) -> None:
@@ -272,16 +251,9 @@ def write_gguf(
     """
     begin = time.monotonic()
     require_k_order(job)
-    paths, parts, writers = output_files(job, outfile, split_max_bytes, mmproj)
-    inexact: dict[str, Inexact] = {}
-    with ExitStack() as stack:
-        # Renamed in reverse, so that the file users load appears last.
-        temporaries = [stack.enter_context(replacing(path, overwrite)) for path in paths]
-        _check_disk(paths, parts)
-        for temporary, part, writer in zip(temporaries, parts, writers, strict=True):
-            with unfinished(temporary, writer) as (fd, data_offset):
-                inexact |= write_tensors(part, fd, data_offset, threads, progress)
+    outputs = outputs_of(job, outfile, split_max_bytes, mmproj)
+    with written(outputs, threads, overwrite, progress) as made:
         if repacks_two_bits(job.plan):
-            set_inexact_rows(temporaries[0], sum(each.missed_rows for each in inexact.values()))
-        nbytes = sum(temporary.stat().st_size for temporary in temporaries)
-    return ConvertResult(tuple(paths), nbytes, time.monotonic() - begin, inexact)
+            set_inexact_rows(made.temporaries[0], sum(each.missed_rows for each in made.inexact.values()))
+        nbytes = sum(temporary.stat().st_size for temporary in made.temporaries)
+    return ConvertResult(tuple(output.path for output in outputs), nbytes, time.monotonic() - begin, made.inexact)

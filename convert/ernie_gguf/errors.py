@@ -54,7 +54,12 @@ class Ccq2Error(GgufError):
 
 
 class ExtraError(ErnieGgufError):
-    """`quantize` lacks torch, or this torch cannot do what was asked."""
+    """`quantize` lacks a package of its extra."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(
+            f"quantize needs {package}: pip install 'ernie-gguf[quantize]', or `make quantizer` in a checkout"
+        )
 
 
 class CalibrationError(ErnieGgufError):

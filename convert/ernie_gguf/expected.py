@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 from . import rope
 from .checkpoint.config import ErnieConfig, MoeConfig
@@ -23,8 +24,10 @@ class Role(Enum):
 class Expected:
     """A GGUF tensor and where it may come from: `sources` are concatenated along their rows, each from `row` on.
 
-    With `fused`, the rows may instead be those from `fused_row` on of one tensor of `fused_rows` rows. `head_order`,
-    `computed` and `file_shape` are those of `MappedTensor`.
+    `shape` is outermost first, so its last entry is K = ne[0]; the file states `file_shape` where it is given. With
+    `fused`, the rows may instead be those from `fused_row` on of one tensor of `fused_rows` rows. With `head_order`
+    row i of each head is the source's row `head_order[i]` of it. `computed` are the values of a tensor that no
+    checkpoint has; it has no sources.
     """
 
     name: str
@@ -38,6 +41,16 @@ class Expected:
     head_order: tuple[int, ...] = ()
     computed: tuple[float, ...] = ()
     file_shape: tuple[int, ...] = ()
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that the file states."""
+        return self.file_shape or self.shape
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
 
 
 def _attention(config: ErnieConfig, gguf: str, hf: str) -> Iterator[Expected]:

@@ -7,14 +7,13 @@ llama.cpp will look for (see `expected`) has its sources. Anything else is a Pla
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 
 from .checkpoint.config import ErnieConfig
 from .checkpoint.names import Names, collect
 from .checkpoint.shards import TensorHeader
 from .checkpoint.storage import Source, problem_of
 from .errors import PlanError
-from .expected import Expected, Role, model_tensors, projector_tensors
+from .expected import Expected, model_tensors, projector_tensors
 
 _SHOWN = 3  # how many of many like errors a message spells out
 
@@ -30,41 +29,33 @@ class Part:
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """One GGUF tensor: its parts one after another. `shape` is outermost first, so its last entry is K = ne[0].
+    """One GGUF tensor and its parts, one after another; none if it is computed."""
 
-    With `head_order` row i of each head is the source's row `head_order[i]` of it. `computed` holds the values of a
-    tensor that no checkpoint has, and then there are no parts. The file states `file_shape` where it is given.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
+    expected: Expected
     parts: tuple[Part, ...]
-    head_order: tuple[int, ...] = ()
-    computed: tuple[float, ...] = ()
-    file_shape: tuple[int, ...] = ()
 
     @property
-    def elements(self) -> int:
-        """Number of weights."""
-        return prod(self.shape)
+    def name(self) -> str:
+        """The GGUF name."""
+        return self.expected.name
 
     @property
-    def is_expert(self) -> bool:
-        """Whether it holds a layer's experts for text, one matrix each."""
-        return self.role is Role.EXPERT
+    def shape(self) -> tuple[int, ...]:
+        """Outermost first."""
+        return self.expected.shape
 
 
 @dataclass(frozen=True)
 class TensorMap:
     """Every tensor of the GGUF in the order of writing; `dropped` pairs checkpoint tensors with reasons.
 
-    `projector` are those of the mmproj, for a VL checkpoint.
+    `projector` are those of the mmproj, for a VL checkpoint. `sources` are what the checkpoint has, by canonical name.
     """
 
     tensors: tuple[MappedTensor, ...]
     dropped: tuple[tuple[TensorHeader, str], ...]
-    projector: tuple[MappedTensor, ...] = ()
+    projector: tuple[MappedTensor, ...]
+    sources: Mapping[str, Source]
 
 
 def raise_plan_errors(problems: list[str]) -> None:
@@ -108,15 +99,7 @@ class _Mapper:
                 self.fail(problem)
             else:
                 parts.append(Part(source, row, rows))
-        return MappedTensor(
-            expected.name,
-            expected.shape,
-            expected.role,
-            tuple(parts),
-            expected.head_order,
-            expected.computed,
-            expected.file_shape,
-        )
+        return MappedTensor(expected, tuple(parts))
 
     def map_all(self, expected: Iterable[Expected]) -> tuple[MappedTensor, ...]:
         return tuple(self.map(each) for each in expected)
@@ -141,4 +124,4 @@ def map_tensors(config: ErnieConfig, tensors: Mapping[str, TensorHeader]) -> Ten
     projector = mapper.map_all(projector_tensors(config.vision, config.hidden)) if config.vision else ()
     mapper.check_leftovers()
     raise_plan_errors(list(mapper.problems))
-    return TensorMap(mapped, tuple(names.dropped), projector)
+    return TensorMap(mapped, tuple(names.dropped), projector, names.sources)

@@ -66,7 +66,7 @@ MIX_FILE_TYPES: dict[GgmlType, int] = {
 def _size_label(config: ErnieConfig, plan: Plan) -> str:
     """As upstream labels models: "21B", or "64x300M" with the experts counted once."""
     roles = (Role.EXPERT, Role.VISION_EXPERT)
-    experts = sum(tensor.elements for tensor in plan.tensors if tensor.role in roles)
+    experts = sum(tensor.elements for tensor in plan.tensors if tensor.expected.role in roles)
     total = sum(tensor.elements for tensor in plan.tensors)
     count = config.moe.experts if config.moe else 0
     label: str = size_label(total, total - experts, experts // count if count else 0, count)
@@ -164,7 +164,7 @@ def write_layout(writer: GGUFWriter, plan: Plan) -> None:
 
 def mixed(plan: Plan) -> list[TensorPlan]:
     """The tensors whose types a mix chooses: all matrices but the router."""
-    return [tensor for tensor in plan.tensors if tensor.role is not Role.EXACT]
+    return [tensor for tensor in plan.tensors if tensor.expected.role is not Role.EXACT]
 
 
 def _file_type(plan: Plan) -> int:

@@ -8,6 +8,8 @@ from typer.core import TyperCommand
 
 # What typer shows for a type -> what people know. Other versions of typer show other words, which stay.
 _TYPES = {"int range": "N", "int": "N", "float": "X", "float range": "X", "path": "PATH", "str": "TEXT"}
+# Names that options had before they took llama.cpp's.
+OLD_NAMES = {"--ctx": "--ctx-size", "--kv": "--cache-type-k"}
 _SHOWN = re.compile(r"<([^<>]+)>")
 
 
@@ -15,10 +17,20 @@ def _plain(record: str) -> str:
     return _SHOWN.sub(lambda match: _TYPES.get(match[1]) or f"[{match[1]}]", record)
 
 
-class PlainCommand(TyperCommand):
-    """A command whose usage line and lists show arguments as their metavar says."""
+def _renamed(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return f"{OLD_NAMES.get(name, name)}{equals}{value}"
 
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer's context or click's
+
+class PlainCommand(TyperCommand):
+    """A command whose usage line and lists show arguments as their metavar says, and that knows options' old names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer's context or click's
+        """What follows -- is for another program."""
+        end = args.index("--") if "--" in args else len(args)
+        return list(super().parse_args(ctx, [*map(_renamed, args[:end]), *args[end:]]))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401
         """`[OPTIONS] SRC`."""
         arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]
         return [self.options_metavar or "", *(str(each.metavar or each.name) for each in arguments)]

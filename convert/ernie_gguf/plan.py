@@ -1,12 +1,12 @@
 """Plan: which GGML type each tensor of the mapping gets. Pure; everything is known before the first byte is written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from .checkpoint.config import ErnieConfig
 from .checkpoint.k_order import KOrder
 from .checkpoint.shards import TensorHeader
-from .expected import Role
+from .expected import Expected, Role
 from .gguf_file.outtype import ExpertType, FloatType, Outtype
 from .gguf_file.types import GgmlType, block_size, row_size
 from .mapping import MappedTensor, Part, TensorMap, map_tensors, raise_plan_errors
@@ -24,16 +24,47 @@ TYPES: dict[Outtype, tuple[GgmlType, GgmlType]] = {
 
 
 @dataclass(frozen=True)
-class TensorPlan(MappedTensor):
+class TensorPlan:
     """A mapped tensor with its type; `note` says why that type is not the one asked for.
 
     Row i of each block of `len(row_order)` rows is the source's row `row_order[i]` of that block; columns likewise.
     """
 
-    ggml_type: GgmlType = GgmlType.F32
-    note: str = ""
-    row_order: tuple[int, ...] = ()
+    mapped: MappedTensor
+    ggml_type: GgmlType
+    note: str
+    row_order: tuple[int, ...]
     column_order: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The GGUF name."""
+        return self.expected.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outermost first."""
+        return self.expected.shape
+
+    @property
+    def expected(self) -> Expected:
+        """What llama.cpp looks for."""
+        return self.mapped.expected
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the checkpoint has of it."""
+        return self.mapped.parts
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return self.expected.elements
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds a layer's experts for text, one matrix each."""
+        return self.expected.role is Role.EXPERT
 
     @property
     def row_nbytes(self) -> int:
@@ -92,27 +123,29 @@ def _type_of(tensor: MappedTensor, ggml_type: GgmlType, native: bool, problems: 
         if len(found) > 1:
             problems.append(f"tensor {tensor.name}: its sources are stored differently ({', '.join(found)})")
         ggml_type = next(iter(exact))
-    k, note = tensor.shape[-1], ""
-    if k % block_size(ggml_type):
-        if ggml_type is GgmlType.CCQ2:
-            problems.append(
-                f"tensor {tensor.name}: rows of {k} weights do not fit ccq2, which needs a multiple of "
-                f"{block_size(ggml_type)}; use convert --outtype q8_0"
-            )
-        fallback = next(each for each in _FALLBACKS[ggml_type] if k % block_size(each) == 0)
-        note = (
-            f"rows of {k} are not a multiple of {block_size(ggml_type)}: {fallback.name.lower()} instead of "
-            f"{ggml_type.name.lower()}"
+    k = tensor.shape[-1]
+    if k % block_size(ggml_type) and ggml_type is GgmlType.CCQ2:
+        problems.append(
+            f"tensor {tensor.name}: rows of {k} weights do not fit ccq2, which needs a multiple of "
+            f"{block_size(ggml_type)}; use convert --outtype q8_0"
         )
-        ggml_type = fallback
-    mapped = {each.name: getattr(tensor, each.name) for each in fields(MappedTensor)}
-    return TensorPlan(**mapped, ggml_type=ggml_type, note=note, row_order=tensor.head_order)
+    fitting, note = _fallback(k, ggml_type)
+    return TensorPlan(tensor, fitting, note, tensor.expected.head_order)
+
+
+def _fallback(k: int, ggml_type: GgmlType) -> tuple[GgmlType, str]:
+    """The type for rows of K weights where `ggml_type` is asked for, and why if it is another."""
+    if k % block_size(ggml_type) == 0:
+        return ggml_type, ""
+    fitting = next(each for each in _FALLBACKS[ggml_type] if k % block_size(each) == 0)
+    asked = f"{block_size(ggml_type)}: {fitting.name.lower()} instead of {ggml_type.name.lower()}"
+    return fitting, f"rows of {k} are not a multiple of {asked}"
 
 
 def retype(plan: Plan, types: Mapping[str, GgmlType]) -> Plan:
     """The plan with other types for tensors, by their names. Raises PlanError for rows that do not fit ccq2."""
     problems: list[str] = []
-    tensors = tuple(_type_of(t, types[t.name], False, problems) if t.name in types else t for t in plan.tensors)
+    tensors = tuple(_type_of(t.mapped, types[t.name], False, problems) if t.name in types else t for t in plan.tensors)
     raise_plan_errors(problems)
     return replace(plan, tensors=tensors)
 
@@ -188,12 +221,15 @@ def make_plans(
     by_role[Role.PROJECTOR] = choices.projector
     problems: list[str] = []
     planned = tuple(
-        _type_of(t, choices.tensors.get(t.name, by_role[t.role]), auto and t.name not in choices.tensors, problems)
+        _type_of(t, choices.tensors[t.name], False, problems)
+        if t.name in choices.tensors
+        else _type_of(t, by_role[t.expected.role], auto, problems)
         for t in mapped.tensors
     )
-    projector = tuple(_type_of(t, by_role[t.role], False, problems) for t in mapped.projector)
+    projector = tuple(_type_of(t, by_role[t.expected.role], False, problems) for t in mapped.projector)
     if k_order is KOrder.SHUFFLED:
-        problems += [f"tensor {t.name}: only some of its experts are 2-bit, and shuffled" for t in planned if mixed(t)]
+        unlike = [tensor.name for tensor in mapped.tensors if mixed(tensor)]
+        problems += [f"tensor {name}: only some of its experts are 2-bit, and shuffled" for name in unlike]
     raise_plan_errors(problems)
     if auto and (native := _native(tuple(part for tensor in mapped.tensors for part in tensor.parts))):
         # A file of quantized sources is named after the smallest of their types.
@@ -203,5 +239,5 @@ def make_plans(
         move = absorb if absorbed else restore
         planned, projector = tuple(map(move, planned)), tuple(map(move, projector))
     plan = Plan(named, planned, mapped.dropped, absorbed)
-    eyes = Plan(Outtype(choices.projector.name.lower()), projector, (), absorbed) if projector else None
-    return plan, eyes
+    mmproj = Plan(Outtype(choices.projector.name.lower()), projector, (), absorbed) if projector else None
+    return plan, mmproj

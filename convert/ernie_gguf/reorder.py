@@ -43,7 +43,7 @@ def mixed(tensor: MappedTensor) -> bool:
 
 def is_absorbed(tensors: tuple["TensorPlan", ...], order: KOrder) -> bool:
     """Whether a file of these tensors has its residual stream in stored order: where shuffled codes are kept."""
-    return order is KOrder.SHUFFLED and any(t.ggml_type is GgmlType.CCQ2 and two_bits(t) for t in tensors)
+    return order is KOrder.SHUFFLED and any(t.ggml_type is GgmlType.CCQ2 and two_bits(t.mapped) for t in tensors)
 
 
 def absorb(tensor: "TensorPlan") -> "TensorPlan":
@@ -51,7 +51,7 @@ def absorb(tensor: "TensorPlan") -> "TensorPlan":
     name = tensor.name
     if not (READS.fullmatch(name) or WRITES.fullmatch(name) or NEITHER.fullmatch(name)):
         raise ValueError(f"{name} is in no table of reorder.py")
-    if two_bits(tensor):
+    if two_bits(tensor.mapped):
         return replace(tensor, row_order=SHUFFLED)  # down's channels, or the neurons of gate and up
     if WRITES.fullmatch(name):
         return replace(tensor, row_order=SHUFFLED)
@@ -60,4 +60,4 @@ def absorb(tensor: "TensorPlan") -> "TensorPlan":
 
 def restore(tensor: "TensorPlan") -> "TensorPlan":
     """The tensor with its channels in their own order: what is shuffled is decoded and its columns put back."""
-    return replace(tensor, column_order=RESTORED) if two_bits(tensor) else tensor
+    return replace(tensor, column_order=RESTORED) if two_bits(tensor.mapped) else tensor

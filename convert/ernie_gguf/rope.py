@@ -1,6 +1,6 @@
 """ERNIE-4.5-VL's 3-D RoPE as llama.cpp's M-RoPE: an order of each head's rows, and factors of the frequencies.
 
-ERNIE turns neighbouring rows 2j, 2j + 1 of a head by theta^(-2j/d) times row and column in turn, and the slowest pairs
+ERNIE rotates adjacent rows 2j, 2j + 1 of a head by theta^(-2j/d) times row and column in turn, and the slowest pairs
 by time. M-RoPE turns rows p, p + d/2 by base^(-2p/d), with one section of pairs p each for time, row and column. A
 product of q and k does not change when both are permuted alike, so pair p becomes ERNIE's pair order[p]. Its frequency
 comes from a factor alone: the file's base is BASE.

@@ -8,18 +8,21 @@ whatever the model's size.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+from gguf import GGUFWriter
 
 from .arrays import U8
 from .checkpoint.shards import ShardReader
 from .checkpoint.values import Values
-from .errors import EncodeError
-from .files import pwrite
+from .errors import EncodeError, OutputError
+from .files import free_bytes, pwrite, replacing
 from .gguf_file.types import GgmlType, padded
+from .gguf_file.writer import unfinished
 from .mapping import Part
 from .plan import Plan, TensorPlan
 from .transform import ALL_EXACT, Inexact, encode_values, with_columns
@@ -105,8 +108,8 @@ def write_computed(plan: Plan, fd: int, data_offset: int, progress: Progress) ->
     """The tensors that no checkpoint has."""
     starts = offsets(plan, data_offset)
     for tensor in plan.tensors:
-        if tensor.computed:
-            data = np.array(tensor.computed, np.float32)
+        if tensor.expected.computed:
+            data = np.array(tensor.expected.computed, np.float32)
             pwrite(fd, memoryview(data.data).cast("B"), starts[tensor.name])
             progress(tensor.nbytes)
 
@@ -156,3 +159,49 @@ def write_pieces(
                     inexact[piece.tensor.name] = inexact.get(piece.tensor.name, ALL_EXACT) + found
                 progress(piece.nbytes)
     return inexact
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to write: its tensors, and its metadata with the table of them."""
+
+    path: Path
+    plan: Plan
+    header: GGUFWriter
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files under temporary names, and what exact repacks lost, by tensor."""
+
+    temporaries: list[Path]
+    inexact: dict[str, Inexact]
+
+
+def _check_disk(outputs: list[Output]) -> None:
+    """Raises OutputError if a disk has no room for what goes there."""
+    needed: dict[int, int] = {}
+    for output in outputs:
+        folder = output.path.parent
+        device = folder.stat().st_dev
+        needed[device] = needed.get(device, 0) + data_nbytes(output.plan)
+        if needed[device] > (free := free_bytes(folder)):
+            raise OutputError(
+                f"{output.path}: needs {needed[device]} bytes, the disk has {free} free; nothing was written"
+            )
+
+
+@contextmanager
+def written(outputs: list[Output], threads: int, overwrite: bool, progress: Progress) -> Iterator[Written]:
+    """Write files; they get their names if the block succeeds, in reverse, so that the one users load appears last.
+
+    On failure nothing is left behind.
+    """
+    inexact: dict[str, Inexact] = {}
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(replacing(output.path, overwrite)) for output in outputs]
+        _check_disk(outputs)
+        for temporary, output in zip(temporaries, outputs, strict=True):
+            with unfinished(temporary, output.header) as (fd, data_offset):
+                inexact |= write_tensors(output.plan, fd, data_offset, threads, progress)
+        yield Written(temporaries, inexact)

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine import types as weighing
-from ernie_gguf.engine.memory import OWN_CARDS, Question
-from ernie_gguf.engine.types import weigh
 from ernie_gguf.serving import ready as getting
+from ernie_gguf.serving import types as weighing
+from ernie_gguf.serving.cards import OWN_CARDS
+from ernie_gguf.serving.memory import Question
+from ernie_gguf.serving.types import weigh
 from support.command_line import Command
 from support.hub_server import FakeHub
 
@@ -41,7 +42,7 @@ def test_a_name_becomes_an_answer(
 ) -> None:
     from ernie_gguf.serving import chat
 
-    done = ernie_gguf("run", REPO, "def main", "--temp", "0", "--ctx", "96", "--threads", "1", "--outtype", "q8_0")
+    done = ernie_gguf("run", REPO, "def main", "--temp", "0", "-c", "96", "--threads", "1", "--outtype", "q8_0")
     assert done.code == 0, done.err
     assert done.out.strip()
     steps = [line for line in done.err.splitlines() if line[:2] in ("1.", "2.", "3.")]
@@ -65,12 +66,12 @@ def test_the_most_exact_type_that_fits(
     found = {each.outtype.value: each for each in weigh(hub.folder, Question(96, "q8_0", ()), OWN_CARDS)}
     assert found["q8_0"].in_memory < found["bf16"].in_memory
     monkeypatch.setattr(weighing, "main_memory", lambda: found["q8_0"].in_memory)
-    assert ernie_gguf("run", REPO, "x", "--ctx", "96", "--temp", "0").code == 0
+    assert ernie_gguf("run", REPO, "x", "-c", "96", "--temp", "0").code == 0
     assert [Path(name).name for name in made(cache)] == ["ERNIE-4.5-21B-A3B-PT-Q8_0.gguf"]
     for path in cache.rglob("*.gguf"):
         path.unlink()
     monkeypatch.setattr(weighing, "main_memory", lambda: 1000)
-    refused = ernie_gguf("run", REPO, "x", "--ctx", "96")
+    refused = ernie_gguf("run", REPO, "x", "-c", "96")
     assert (refused.code, "no type of it fits this machine" in refused.err) == (1, True)
     assert made(cache) == []
 
@@ -80,7 +81,7 @@ def test_large_downloads_are_asked_about(
     ernie_gguf: Command, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(getting, "ASK_ABOVE", 1_000_000)
-    options = ("--temp", "0", "--ctx", "96", "--outtype", "q8_0")
+    options = ("--temp", "0", "-c", "96", "--outtype", "q8_0")
     done = ernie_gguf("run", REPO, "x", *options)
     assert (done.code, "nobody to ask: give --yes" in done.err) == (1, True)
     assert made(cache) == []
@@ -96,7 +97,7 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(batches, "BATCH_BYTES", 1 << 20)
     hub.limit = 9_000_000
-    options = ("--temp", "0", "--ctx", "96", "--outtype", "q8_0")
+    options = ("--temp", "0", "-c", "96", "--outtype", "q8_0")
     assert ernie_gguf("run", REPO, "x", *options).code == 1
     assert all(".partial/" in name for name in made(cache))
     hub.limit = None
@@ -133,7 +134,7 @@ def test_serve_takes_a_name(ernie_gguf: Command, hub: FakeHub, cache: Path, monk
 
     started: list[list[str]] = []
     monkeypatch.setattr(serve, "_execute", lambda command: started.append(list(command)))
-    assert ernie_gguf("serve", REPO, "--port", "8099", "--ctx", "96").code == 0
+    assert ernie_gguf("serve", REPO, "--port", "8099", "-c", "96").code == 0
     (command,) = started
     assert command[command.index("--model") + 1] == str(cache / made(cache)[0])
 

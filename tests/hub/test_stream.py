@@ -121,7 +121,7 @@ def test_every_form(serve: Serve, run: Run, tmp_path: Path, form: str, outtype: 
     assert (tmp_path / "here" / "out.gguf").read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
 
 
-def test_several_files_and_eyes(serve: Serve, run: Run, ernie_gguf: Command, tmp_path: Path) -> None:
+def test_several_files_and_mmproj(serve: Serve, run: Run, ernie_gguf: Command, tmp_path: Path) -> None:
     folder = make_vl(tmp_path / "source" / "model", Spec(layers=2, experts=3, shards=2))
     split = ("--split-max-size", "1M", "--mmproj")
     (tmp_path / "wanted").mkdir()
@@ -271,7 +271,7 @@ def test_other_options(run: Run, hub: FakeHub, tmp_path: Path, change: tuple[str
     assert run().code == 1
     hub.limit = None
     done = run(*change)
-    if change[0] == "--vision-tokens":  # means nothing to a model without eyes
+    if change[0] == "--vision-tokens":  # means nothing to a model without a vision encoder
         assert done.code == 0
         return
     assert (done.code, "an interrupted run with another " in done.err, "--restart" in done.err) == (1, True, True)

@@ -315,7 +315,7 @@ def test_tools(built_library: None, tiny_ccq2_gguf: Path, tmp_path: Path) -> Non
 
 
 def chat_command(model: Path) -> list[str]:
-    return [*CLI, "chat", str(model), "--temp", "0", "--ctx", "512", "--threads", "1"]
+    return [*CLI, "chat", str(model), "--temp", "0", "-c", "512", "--threads", "1"]
 
 
 def test_chat_answers_lines_until_exit(built_library: None, tiny_ccq2_gguf: Path, llm: Llama) -> None:
@@ -357,7 +357,7 @@ def test_chat_ends_at_the_end_of_input_and_refuses_what_is_no_model(
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(built_library: None, tiny_ccq2_gguf: Path) -> None:
     """In a terminal, as a user has it."""
     ours, theirs = pty.openpty()
-    command = [*CLI, "chat", str(tiny_ccq2_gguf), "--temp", "2", "--ctx", "0", "--threads", "1", "--seed", "1"]
+    command = [*CLI, "chat", str(tiny_ccq2_gguf), "--temp", "2", "-c", "0", "--threads", "1", "--seed", "1"]
     process = subprocess.Popen(
         command,
         stdin=theirs,

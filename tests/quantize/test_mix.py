@@ -44,7 +44,7 @@ def small_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def types_of(job: Job, request: MixRequest) -> dict[str, GgmlType]:
     mix = choose_mix(job, request, {})
-    return {t.name: t.ggml_type for t in mix.job.plan.tensors if t.role is not Role.EXACT}
+    return {t.name: t.ggml_type for t in mix.job.plan.tensors if t.expected.role is not Role.EXACT}
 
 
 def test_the_knapsack_against_trying_all() -> None:
@@ -80,7 +80,7 @@ def test_a_target_is_met_within_half_a_percent_and_never_exceeded(job: Job, targ
 def test_bits_are_those_of_the_experts(job: Job, bits: float) -> None:
     mix = choose_mix(job, MixRequest(bits=bits), {})
     assert 0.98 * bits <= mix.bits <= bits
-    rest = {t.ggml_type for t in mix.job.plan.tensors if t.role is Role.LINEAR}
+    rest = {t.ggml_type for t in mix.job.plan.tensors if t.expected.role is Role.LINEAR}
     assert rest == {GgmlType.Q8_0}
 
 
@@ -146,9 +146,9 @@ def test_measured_losses_move_bits_to_the_hard_layers(job: Job, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{}", "is no report.json"),
-        ('{"tensors": []}', "says nothing of blk.1.ffn_gate_exps.weight"),
-        ("not json", "is no report.json"),
+        ("{}", "not a report.json"),
+        ('{"tensors": []}', "has no error of blk.1.ffn_gate_exps.weight"),
+        ("not json", "not a report.json"),
         (None, "No such file"),
     ],
 )

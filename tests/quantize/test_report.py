@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ernie_gguf.errors import ErnieGgufError, OutputError
 from ernie_gguf.quantize import report
-from ernie_gguf.quantize.pictures import PICTURES, Picture
+from ernie_gguf.quantize.plots import PLOTS, Plot
 from ernie_gguf.quantize.report import QuantizeSummary, check_report_folder, summary_json, summary_table, write_report
 from ernie_gguf.quantize.stats import MatrixStats, by_tensor
 from rich.console import Console
@@ -88,8 +88,8 @@ def many(layers: int, experts: int) -> QuantizeSummary:
 
 
 @pytest.fixture
-def one_cheap_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "PICTURES", (Picture("dot.png", "Dot", "A dot.\n", lambda _: b"dot"),))
+def one_cheap_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PLOTS", (Plot("dot.png", "Dot", "A dot.\n", lambda _: b"dot"),))
 
 
 def test_json_has_everything() -> None:
@@ -190,7 +190,7 @@ def test_table_of_one_layer_that_went_well() -> None:
     ]
 
 
-@pytest.mark.usefixtures("one_cheap_picture")
+@pytest.mark.usefixtures("one_cheap_plot")
 def test_markdown(tmp_path: Path) -> None:
     write_report(tmp_path / "report", SUMMARY)
     lines = (tmp_path / "report" / "report.md").read_text().splitlines()
@@ -229,13 +229,13 @@ def png_size(data: bytes) -> tuple[int, int]:
     ],
     ids=["hand-made", "one layer", "21B"],
 )
-def test_pictures(tmp_path: Path, summary: QuantizeSummary, sizes: list[tuple[int, int]]) -> None:
-    pytest.importorskip("matplotlib", reason="the pictures need the extra quantize")
+def test_plots(tmp_path: Path, summary: QuantizeSummary, sizes: list[tuple[int, int]]) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need the extra quantize")
     folder = tmp_path / "report"
     write_report(folder, summary)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert [png_size(first[picture.name]) for picture in PICTURES] == sizes
+    assert [png_size(first[plot.name]) for plot in PLOTS] == sizes
     assert not any(b"Software" in data or b"tIME" in data for name, data in first.items() if name.endswith(".png"))
     write_report(folder, summary)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
@@ -244,15 +244,15 @@ def test_pictures(tmp_path: Path, summary: QuantizeSummary, sizes: list[tuple[in
 @pytest.mark.parametrize(
     "matrices",
     [(replace(GATE_0, tokens=0),), (GATE_0,), (replace(GATE_0, metric_error=float("nan")),)],
-    ids=["all experts dead", "one matrix", "an error that is no number"],
+    ids=["all experts dead", "one matrix", "an error that is not a number"],
 )
-def test_pictures_of_odd_runs(matrices: tuple[MatrixStats, ...]) -> None:
-    pytest.importorskip("matplotlib", reason="the pictures need the extra quantize")
+def test_plots_of_odd_runs(matrices: tuple[MatrixStats, ...]) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need the extra quantize")
     tensors = by_tensor(matrices)
-    assert [png_size(picture.draw(tensors))[0] for picture in PICTURES] == [1080] * 4
+    assert [png_size(plot.draw(tensors))[0] for plot in PLOTS] == [1080] * 4
 
 
-@pytest.mark.usefixtures("one_cheap_picture")
+@pytest.mark.usefixtures("one_cheap_plot")
 @pytest.mark.parametrize("exists", [True, False])
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
     folder = tmp_path / "report"
@@ -277,7 +277,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not folder.exists()
 
 
-@pytest.mark.usefixtures("one_cheap_picture")
+@pytest.mark.usefixtures("one_cheap_plot")
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     folder = tmp_path / "no" / "report"
     with pytest.raises(OutputError, match=r"no/report: No such file or directory; the report was not written$"):
@@ -303,12 +303,12 @@ def test_check_folder_without_permission(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_check_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ErnieGgufError, match=r"not installed: run `make quantizer`$"):
+    with pytest.raises(ErnieGgufError, match=r"quantize needs matplotlib for --report: pip install"):
         check_report_folder(tmp_path, overwrite=False)
 
 
 def test_check_spares_a_report_that_is_there(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the pictures need the extra quantize")
+    pytest.importorskip("matplotlib", reason="the plots need the extra quantize")
     (tmp_path / "notes.txt").touch()
     check_report_folder(tmp_path, overwrite=False)
     check_report_folder(tmp_path / "new", overwrite=False)

@@ -123,21 +123,21 @@ def test_a_vision_model_gives_its_text_model(quantize: Quantize, tmp_path: Path)
     assert out.exists()
 
 
-def test_a_vision_model_keeps_its_eyes(quantize: Quantize, tmp_path: Path) -> None:
+def test_a_vision_model_keeps_its_encoder(quantize: Quantize, tmp_path: Path) -> None:
     """Text experts calibrated as those of the text model; vision experts in the type asked for, and a line about it."""
     source, text = make_vl(tmp_path / "vl", SMALL), tmp_path / "text.gguf"
-    out, eyes = tmp_path / "out.gguf", tmp_path / "eyes.gguf"
+    out, mmproj = tmp_path / "out.gguf", tmp_path / "mmproj.gguf"
     assert quantize(source, text, "--text-only").code == 0
-    done = quantize(source, out, "--mmproj", str(eyes))
+    done = quantize(source, out, "--mmproj", str(mmproj))
     assert done.code == 0
     assert "the vision experts become q8_0: a text cannot calibrate them" in done.err
     alone, both = read_gguf(text), read_gguf(out)
     experts = {t.name: alone.rows(t).tobytes() for t in alone.tensors if "_exps." in t.name}
     assert experts == {t.name: both.rows(t).tobytes() for t in both.tensors if "_exps." in t.name}
     assert {t.type_name for t in both.tensors if "_exps_vl" in t.name} == {"q8_0"}
-    assert read_gguf(eyes).metadata["general.type"] == "mmproj"
+    assert read_gguf(mmproj).metadata["general.type"] == "mmproj"
     before = {path.name for path in tmp_path.iterdir()}
-    refused = quantize(source, tmp_path / "other.gguf", "--mmproj", str(eyes))
+    refused = quantize(source, tmp_path / "other.gguf", "--mmproj", str(mmproj))
     assert (refused.code, {path.name for path in tmp_path.iterdir()}) == (1, before)
 
 
@@ -422,14 +422,11 @@ def test_the_disk_fills_up_before_a_layer_is_done(
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "message"),
+    ("module", "options", "what"),
     [
-        ("torch", (), "error: quantize needs torch: run `make quantizer` in the checkout\n"),
-        (
-            "matplotlib.figure",
-            ("--report", "report"),
-            "error: --report draws with matplotlib, which is not installed: run `make quantizer`\n",
-        ),
+        ("torch", (), "torch"),
+        ("sentencepiece", (), "sentencepiece"),
+        ("matplotlib.figure", ("--report", "report"), "matplotlib for --report"),
     ],
 )
 def test_extras_that_are_missing(
@@ -440,8 +437,9 @@ def test_extras_that_are_missing(
     *,
     module: str,
     options: tuple[str, ...],
-    message: str,
+    what: str,
 ) -> None:
+    message = f"error: quantize needs {what}: pip install 'ernie-gguf[quantize]', or `make quantizer` in a checkout\n"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     assert quantize(small, tmp_path / "out.gguf", *options) == (1, "", message)

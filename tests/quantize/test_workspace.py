@@ -21,11 +21,12 @@ pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
 from ernie_gguf.checkpoint.config import ErnieConfig
 from ernie_gguf.errors import WorkspaceError
+from ernie_gguf.partial import partial_path
 from ernie_gguf.quantize import run
 from ernie_gguf.quantize.experts import EncodedExpert
 from ernie_gguf.quantize.model import Layer, Weights
 from ernie_gguf.quantize.stats import MatrixStats
-from ernie_gguf.quantize.workspace import Workspace, layers_done, partial_path
+from ernie_gguf.quantize.workspace import Workspace, layers_done
 
 LAYERS = range(SMALL.layers)
 
@@ -367,7 +368,7 @@ def test_files_of_others_are_not_touched(quantize: Quantize, small: Path, out: P
     for options in ((), ("--restart",)):
         done = quantize(small, out, *options)
         assert done.err.endswith(
-            f"error: {folder / 'letter.txt'}: not a file of an interrupted run; move it, or give another --outfile\n"
+            f"error: {folder / 'letter.txt'}: not of an interrupted run; move it, or give another --outfile\n"
         )
         assert content(folder) == {"letter.txt": b"dear", "model.gguf": b"old"}
 

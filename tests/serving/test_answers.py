@@ -16,7 +16,7 @@ from support.checkpoints import Spec, make
 from support.models import convert
 
 
-def eyes(path: Path) -> Path:
+def mmproj_file(path: Path) -> Path:
     writer = GGUFWriter(path, "clip")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -25,13 +25,13 @@ def eyes(path: Path) -> Path:
     return path
 
 
-def test_eyes_for_a_model_and_a_model_for_eyes(tmp_path: Path) -> None:
+def test_a_model_and_its_mmproj_mixed_up(tmp_path: Path) -> None:
     model = convert(make(tmp_path / "source", Spec(layers=1, first_moe=0, experts=2)), tmp_path / "model.gguf").path
-    mmproj = eyes(tmp_path / "mmproj.gguf")
+    mmproj = mmproj_file(tmp_path / "mmproj.gguf")
     assert check_model(model, ChatError)["general.architecture"] == "ernie4_5-moe"
     check_mmproj(mmproj, ServeError)
     with pytest.raises(
-        ChatError, match=r"mmproj\.gguf is an mmproj, the eyes of a vision-language model: give the mod"
+        ChatError, match=r"mmproj\.gguf is an mmproj, the vision encoder of a vision-language model: give the mod"
     ):
         check_model(mmproj, ChatError)
     with pytest.raises(ServeError, match=r"model\.gguf is a model \(ernie4_5-moe\), expected the mmproj that was made"):

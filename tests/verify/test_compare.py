@@ -19,7 +19,7 @@ from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
 from ernie_gguf.mapping import map_tensors
 from ernie_gguf.verify import compare as verify
 from ernie_gguf.verify import decode
-from ernie_gguf.verify.compare import Verdict
+from ernie_gguf.verify.finding import Verdict
 from support.checkpoints import EXAMPLE, Spec, make, store, write_checkpoint
 from support.models import convert
 from support.paddle import TWO_BITS, make_plain, make_two_bits, quantized, two_bits_config, two_bits_storage

@@ -169,7 +169,7 @@ def on_grid(y: F64) -> F32:
 
 
 def nearest(targets: F32, weight: F32, book: Book) -> tuple[U8, F64]:
-    """Bytes uint8 [G, 16] of the codewords c nearest to targets t on the grid [G, 64], of equals the lowest; scores.
+    """Bytes uint8 [G, 16] of the codewords c nearest to targets t on the grid [G, 64], ties go to the lowest; scores.
 
     The score [G, 16] is the sum over four of a·t·c - a·c²/2 in grid units, a being the weights [G, 64]: the weighted
     squared distance is that of 0 less twice the score.

@@ -106,7 +106,7 @@ template <int LANES> struct kernels {
         }
     }
 
-    // The byte whose table entry e has the greatest score y·e + e[4], for each of `count` targets y; of equals the lowest.
+    // The byte whose table entry e has the greatest score y·e + e[4], for each of `count` targets y; ties go to the lowest.
     static INLINE void nearest(const float * __restrict table,
                                int count,
                                const vfloat (*__restrict y)[4],

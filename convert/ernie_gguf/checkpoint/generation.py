@@ -40,7 +40,7 @@ NO_SAMPLING = Sampling({})
 
 
 def read_sampling(folder: Path) -> Sampling:
-    """The sampling settings of a checkpoint, which may have none. Raises ConfigError for a value that is no number."""
+    """The sampling settings of a checkpoint, which may have none. Raises ConfigError for what is not a number."""
     path = folder / GENERATION_CONFIG
     return parse_sampling(read_object(path, ConfigError)) if path.is_file() else NO_SAMPLING
 

@@ -1,7 +1,7 @@
 """The three fields of a SentencePiece model file that conversion needs, read from its protobuf bytes.
 
 The sentencepiece package tells control, unknown, unused and byte pieces apart, but not user-defined from normal ones,
-and says nothing of the normalizer unless the heavy protobuf package is installed. Wire format: a message is a series
+and does not show the normalizer unless the heavy protobuf package is installed. Wire format: a message is a series
 of (field number << 3 | wire type) varints, each followed by a varint (0), 8 bytes (1), a length and bytes (2), or
 4 bytes (5). ModelProto: pieces = 1, normalizer_spec = 3. SentencePiece: piece = 1, score = 2, type = 3.
 NormalizerSpec: add_dummy_prefix = 3.

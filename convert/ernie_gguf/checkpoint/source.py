@@ -15,7 +15,7 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".bz2"
 
 
 def checkpoint_folder(source: Path) -> Path:
-    """The folder that `source` means. Raises CheckpointError that says what it is, if it is no folder."""
+    """The folder that `source` means. Raises CheckpointError that says what it is, if it is not a folder."""
     if _URL.match(str(source)):
         return _from_address(source)
     if source.is_file():

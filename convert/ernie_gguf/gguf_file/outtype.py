@@ -36,7 +36,7 @@ class ExpertType(str, Enum):
 
 
 class VisionTokens(str, Enum):
-    """Which tokens of a text go through the vision experts, besides the pictures themselves."""
+    """Which tokens of a text go through the vision experts, besides the images themselves."""
 
-    ALL = "all"  # every id from the picture's placeholder on, as in Baidu's engine
-    MARKS = "marks"  # those around a picture or a video, as in transformers
+    ALL = "all"  # every id from the image placeholder on, as in Baidu's engine
+    MARKS = "marks"  # those around an image or a video, as in transformers

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..checkpoint.config import ErnieConfig, read_config
 from ..checkpoint.shards import TensorHeader, read_headers
-from ..report import by_type, right, table, whole
+from ..tables import by_type, right, table, whole
 from ..units import human
 from .source import Place
 

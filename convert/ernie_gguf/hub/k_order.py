@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..checkpoint.find_k_order import spans
-from ..checkpoint.names import collect
 from ..convert import read_checkpoint
 from ..files import pwrite
 from ..mapping import map_tensors
@@ -44,8 +43,8 @@ def fetch_for_k_order(place: Place, text_only: bool) -> None:
     if (repository := place.repository) is None:
         return
     config, headers = read_checkpoint(place.folder, text_only)
-    map_tensors(config, headers)  # everything is there, and has its shape
-    wanted = list(joined(spans(config, collect(headers, config).sources)))
+    mapped = map_tensors(config, headers)  # everything is there, and has its shape
+    wanted = list(joined(spans(config, mapped.sources)))
     if not wanted:
         return
     nbytes = sum(end - begin for _, begin, end in wanted)

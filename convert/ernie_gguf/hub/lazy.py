@@ -27,8 +27,6 @@ def takes_names(command: Callable[P, T]) -> Callable[P, T]:
             if place.name is not None:
                 dry = bool(given.arguments.get("dry_run"))
                 given.arguments["source"] = place.folder if dry else download(place)
-                if "outfile" in given.arguments and given.arguments["outfile"] is None:
-                    given.arguments["outfile"] = place.outfile
             return command(*given.args, **given.kwargs)
 
     return wrapped

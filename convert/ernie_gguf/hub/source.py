@@ -29,11 +29,6 @@ class Place:
     repository: Repository | None = None
 
     @property
-    def outfile(self) -> Path:
-        """Where the result goes unless --outfile says so: beside a checkpoint of the user's, else here."""
-        return Path.cwd() if self.name else self.folder
-
-    @property
     def shard_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))

@@ -17,22 +17,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter
-
 from ..checkpoint.shards import ShardReader
 from ..checkpoint.storage import ROWS
-from ..convert import ConvertResult, Job, output_files, require_k_order
+from ..convert import ConvertResult, Job, outputs_of, require_k_order
 from ..errors import OutputError
 from ..files import check_output, pwrite
 from ..gguf_file.writer import begin, finish, write_header
 from ..metadata import repacks_two_bits, set_inexact_rows
+from ..partial import held_bytes, partial_path
 from ..plan import Plan
 from ..units import human
 from ..workers import in_order
-from ..write import Progress, data_nbytes, write_computed, write_pieces
+from ..write import Output, Progress, data_nbytes, write_computed, write_pieces
 from . import batches as batching
 from .batches import Batch, Span, batches
-from .journal import Journal, held_bytes, partial_path
+from .journal import Journal
 from .repository import Repository
 from .source import check_room, duration, say
 
@@ -47,9 +46,17 @@ class Stream:
     job: Job
     repository: Repository
     outfile: Path
-    paths: list[Path]
-    plans: list[Plan]
-    writers: list[GGUFWriter]
+    outputs: list[Output]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files to write."""
+        return [output.path for output in self.outputs]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The tensors of each."""
+        return [output.plan for output in self.outputs]
 
     @property
     def partial(self) -> Path:
@@ -72,10 +79,10 @@ class Stream:
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
         digest = hashlib.sha256()
-        for path, plan in zip(self.paths, self.plans, strict=True):
-            digest.update(path.name.encode())
-            for tensor in plan.tensors:
-                digest.update(f"{tensor.name} {tensor.file_shape or tensor.shape} {tensor.ggml_type.name}".encode())
+        for output in self.outputs:
+            digest.update(output.path.name.encode())
+            for tensor in output.plan.tensors:
+                digest.update(f"{tensor.name} {tensor.expected.stored_shape} {tensor.ggml_type.name}".encode())
                 for part in tensor.parts:
                     digest.update(f"{part.source.name} {part.source.main.offset} {part.row} {part.rows}".encode())
         used = {path.name for plan in self.plans for t in plan.tensors for p in t.parts for path in p.source.paths}
@@ -91,7 +98,8 @@ class Stream:
 
     def _header_digest(self) -> str:
         """Of metadata that options change without changing a tensor."""
-        keys = [{key: repr(value) for key, value in data.items()} for each in self.writers for data in each.kv_data]
+        headers = [data for output in self.outputs for data in output.header.kv_data]
+        keys = [{key: repr(value) for key, value in data.items()} for data in headers]
         return hashlib.sha256(repr(keys).encode()).hexdigest()
 
 
@@ -106,7 +114,7 @@ def plan_stream(
     job: Job, repository: Repository, outfile: Path, split_max_bytes: int | None, mmproj: Path | None
 ) -> Stream:
     """Everything about such a conversion that is known before the first byte."""
-    return Stream(job, repository, outfile, *output_files(job, outfile, split_max_bytes, mmproj))
+    return Stream(job, repository, outfile, outputs_of(job, outfile, split_max_bytes, mmproj))
 
 
 def check_disk(stream: Stream) -> None:
@@ -123,7 +131,7 @@ def convert_stream(
     restart: bool,
     progress: Callable[[int], Any],
 ) -> ConvertResult:
-    """Write the files of a stream; what is interrupted goes on where it was, from the same commit.
+    """Write the files of a stream; an interrupted run resumes, from the same commit.
 
     `progress(total)` is a context manager that gives a function to call with bytes of the source.
     """
@@ -179,15 +187,15 @@ def _begin(stream: Stream, journal: Journal) -> list[int]:
     """Make the files with their headers and all their space, unless they are there; returns where their data begins."""
     if journal.begun:
         spare = journal.path / "header.tmp"
-        offsets = [write_header(writer, spare) for writer in stream.writers]
+        offsets = [write_header(output.header, spare) for output in stream.outputs]
         spare.unlink()
         return offsets
     offsets = []
     try:
-        for file, plan, writer in zip(journal.files, stream.plans, stream.writers, strict=True):
-            offsets.append(begin(file, writer))
+        for file, output in zip(journal.files, stream.outputs, strict=True):
+            offsets.append(begin(file, output.header))
             with file.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), offsets[-1], data_nbytes(plan))
+                os.posix_fallocate(opened.fileno(), offsets[-1], data_nbytes(output.plan))
     except OSError as error:
         raise OutputError(f"{stream.paths[0]}: {error.strerror}; nothing was written") from error
     journal.record(0, {}, [])

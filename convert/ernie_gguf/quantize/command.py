@@ -13,6 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..gguf_file.outtype import ExpertType, FloatType, Outtype, VisionTokens
+from ..options import (
+    AsJson,
+    DryRun,
+    Mmproj,
+    MmprojType,
+    OutputTensorType,
+    Overwrite,
+    TextOnly,
+    TokenEmbeddingType,
+    VisionTokensOption,
+)
 
 if TYPE_CHECKING:
     from ..convert import Job
@@ -114,41 +125,33 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     threads: Annotated[int, typer.Option(min=1, max=256, help="Experts encoded at once on a CPU.")] = (
         os.cpu_count() or 1
     ),
-    token_embedding_type: Annotated[
-        FloatType | None, typer.Option(help="Type of token_embd.weight (default: q8_0).", show_default=False)
-    ] = None,
-    output_tensor_type: Annotated[
-        FloatType | None, typer.Option(help="Type of output.weight (default: q8_0).", show_default=False)
-    ] = None,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(help="Where to write the vision encoder (mmproj) of a VL checkpoint.", show_default=False),
-    ] = None,
-    mmproj_type: Annotated[FloatType, typer.Option(help="Type of the matrices in MMPROJ.")] = FloatType.BF16,
+    token_embedding_type: TokenEmbeddingType = None,
+    output_tensor_type: OutputTensorType = None,
+    mmproj: Mmproj = None,
+    mmproj_type: MmprojType = FloatType.BF16,
     vision_experts: Annotated[
         ExpertType, typer.Option(help="Type of the vision experts, which are not calibrated.")
     ] = ExpertType.Q8_0,
-    vision_tokens: Annotated[VisionTokens, typer.Option(help="Same as in `convert`.")] = VisionTokens.ALL,
-    text_only: Annotated[
-        bool, typer.Option("--text-only", help="Quantize only the language model of a vision-language (VL) checkpoint.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run needs and write nothing.")] = False,
+    vision_tokens: VisionTokensOption = VisionTokens.ALL,
+    text_only: TextOnly = False,
+    dry_run: DryRun = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over instead of resuming an interrupted run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTFILE if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize the experts of a checkpoint to ccq2 (2 bits), calibrated on TEXT; all other matrices to q8_0.
 
     With --target-size, --bits, --types or --tensor-type to a mix of types.
     An interrupted run leaves OUTFILE.partial; the same command resumes it.
     """
-    from ..convert import check_mmproj, output_path, prepare, projector_file
+    from ..convert import check_mmproj, mmproj_outputs, output_path, prepare
     from ..errors import ArchitectureError, QuantizeError
     from ..files import check_output
     from ..plan import choose
-    from ..report import show
+    from ..tables import show
+    from ..write import written
     from .mix_report import mix_table
     from .needs import needs
     from .preview import Preview, check_source
@@ -184,8 +187,8 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
     kernels, note = _prepared(settings)
     _say(*preview.lines(), *([f"note: {note}"] if note else []))
     preview.check_disk()
-    eyes = projector_file(job, mmproj, threads, overwrite)
-    with eyes, display(job) as listen, _resume_note(path, job.config.layers):
+    vision = written(mmproj_outputs(job, mmproj), threads, overwrite, lambda _: None)
+    with vision, display(job) as listen, _resume_note(path, job.config.layers):
         result = run_quantize(job, text, settings, kernels, path, overwrite=overwrite, restart=restart, listen=listen)
     summary = _summary(job, text, settings, result)
     try:
@@ -234,7 +237,8 @@ def _mix(job: Job, choices: Choices, request: MixRequest, losses: Path | None) -
 def _resume_note(outfile: Path, layers: int) -> Iterator[None]:
     """If the block fails, say on stderr what the run has left and how to resume it."""
     from ..errors import Stopped, WorkspaceError
-    from .workspace import layers_done, partial_path
+    from ..partial import partial_path
+    from .workspace import layers_done
 
     try:
         yield

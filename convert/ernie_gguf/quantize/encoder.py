@@ -268,7 +268,7 @@ class Pipeline:
     def encode(self, w: torch.Tensor, h: torch.Tensor) -> Encoded:
         """Encode w [B, N, K], N a multiple of 16, for inputs with the Hessians h [B, K, K].
 
-        A row on which the plain encoder does better takes its encoding.
+        If the plain encoding has the lower damped error, the row keeps it.
         """
         hessian = factor(h, self.percdamp)
         first, unit = start(w, hessian)

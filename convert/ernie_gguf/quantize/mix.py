@@ -125,7 +125,7 @@ def parse_override(text: str) -> Override:
     try:
         return Override(re.compile(pattern), GgmlType[name.upper()])
     except re.error as error:
-        raise ValueError(f"{text!r}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{text!r}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def overridden(plan: Plan, overrides: Sequence[Override]) -> dict[str, GgmlType]:
@@ -135,7 +135,7 @@ def overridden(plan: Plan, overrides: Sequence[Override]) -> dict[str, GgmlType]
     for tensor in plan.tensors:
         matching = [each for each in overrides if each.pattern.search(tensor.name)]
         used.update(matching)
-        if matching and tensor.role is not Role.EXACT:
+        if matching and tensor.expected.role is not Role.EXACT:
             found[tensor.name] = matching[0].ggml_type
     for each in overrides:
         if each not in used:
@@ -162,7 +162,7 @@ def groups_of(plan: Plan, fixed: Mapping[str, GgmlType], losses: Losses, stock: 
         if tensor.is_expert:
             layer, projection = expert_of(tensor.name)
             together.setdefault((layer, projection == "down"), []).append(tensor)
-        elif tensor.role is Role.LINEAR and rest:
+        elif tensor.expected.role is Role.LINEAR and rest:
             together.setdefault((part_of(tensor.name),), []).append(tensor)
     groups = []
     for key, tensors in together.items():

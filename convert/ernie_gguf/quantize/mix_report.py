@@ -6,7 +6,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ..expected import Role
-from ..report import experts_by_layer, right, table
+from ..inspection import experts_by_layer
+from ..tables import right, table
 from ..units import human
 from .mix import part_of
 from .target import Mix, cards_that_fit
@@ -18,8 +19,8 @@ def _rest(mix: Mix) -> dict[tuple[str, str], int]:
     for tensor in mix.job.plan.tensors:
         if tensor.is_expert:
             continue
-        part = "vision experts" if tensor.role is Role.VISION_EXPERT else "norms, routers"
-        if tensor.role is Role.LINEAR:
+        part = "vision experts" if tensor.expected.role is Role.VISION_EXPERT else "norms, routers"
+        if tensor.expected.role is Role.LINEAR:
             part = part_of(tensor.name)
         key = (part, tensor.ggml_type.name.lower())
         sizes[key] = sizes.get(key, 0) + tensor.nbytes

@@ -9,11 +9,12 @@ from ..convert import Job
 from ..errors import OutputError, QuantizeError
 from ..expected import Role
 from ..files import free_bytes
+from ..partial import held_bytes, partial_path
 from ..units import human
 from .needs import Needs
 from .settings import Settings
 from .text import Calibration
-from .workspace import layers_done, partial_path
+from .workspace import layers_done
 
 _FEW_TOKENS = 5000  # per expert; above some 20,000, more text gains little
 
@@ -52,8 +53,8 @@ class Preview:
     @property
     def vision_experts(self) -> str:
         """The type of the vision experts, or nothing."""
-        found = {tensor.ggml_type.name.lower() for tensor in self.job.plan.tensors if tensor.role is Role.VISION_EXPERT}
-        return ", ".join(sorted(found))
+        tensors = [tensor for tensor in self.job.plan.tensors if tensor.expected.role is Role.VISION_EXPERT]
+        return ", ".join(sorted({tensor.ggml_type.name.lower() for tensor in tensors}))
 
     def json(self) -> dict[str, Any]:
         """For --json; sizes in bytes."""
@@ -98,8 +99,7 @@ class Preview:
 
     def check_disk(self) -> None:
         """Raise OutputError if the disk is too small. Space that an interrupted run holds counts as free."""
-        partial = partial_path(self.outfile)
-        taken = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+        taken = held_bytes(partial_path(self.outfile))
         if self.needs.disk > (free := free_bytes(self.outfile.parent)) + taken:
             raise OutputError(
                 f"{self.outfile}: needs {human(self.needs.disk)}, the disk has {human(free)} free; nothing was written"

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from ..convert import Job
+from ..progress import bar
 from .run import Listener, Step
 
 
@@ -55,15 +55,15 @@ def display(job: Job) -> Iterator[Listener]:
         return
     one_line = Column(no_wrap=True, overflow="ellipsis")  # in a narrow window its end is cut off
     text = TextColumn("{task.description} {task.fields[text]}", table_column=one_line)
-    with Progress(BarColumn(12), TimeElapsedColumn(), text, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=tally.total, text="")
+    with bar(BarColumn(12), TimeElapsedColumn(), text) as shown:
+        task = shown.add_task("preparing", total=tally.total, text="")
 
         def listen(step: Step) -> None:
             tally.add(step)
             if step.expert is None:
-                bar.console.print(_resumed(step, tally.layers), highlight=False)
+                shown.console.print(_resumed(step, tally.layers), highlight=False)
             description = "resuming:" if step.expert is None else f"{_place(step, tally.layers)}, expert {step.expert}:"
-            bar.update(task, description=description, completed=tally.done, text=tally.text())
+            shown.update(task, description=description, completed=tally.done, text=tally.text())
 
         yield listen
 

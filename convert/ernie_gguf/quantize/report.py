@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from ..errors import ErnieGgufError, OutputError
+from ..errors import ExtraError, OutputError
 from ..files import replacing
-from ..report import right, table
+from ..tables import right, table
 from ..units import human
-from .pictures import PICTURES
+from .plots import PLOTS
 from .stats import Group, MatrixStats, by_projection, by_tensor
 
 
@@ -209,7 +209,7 @@ def _markdown(summary: QuantizeSummary) -> str:
             "",
             _markdown_table(("projection",), ("weights", *_COLUMNS), overview),
             _ABOUT,
-            *(f"## {picture.title}\n\n![{picture.title}]({picture.name})\n\n{picture.text}" for picture in PICTURES),
+            *(f"## {plot.title}\n\n![{plot.title}]({plot.name})\n\n{plot.text}" for plot in PLOTS),
             "## Tensors\n",
             _markdown_table(("tensor",), numbers, rows),
         ]
@@ -217,7 +217,7 @@ def _markdown(summary: QuantizeSummary) -> str:
 
 
 def _file_names() -> tuple[str, ...]:
-    return ("report.md", "report.json", *(picture.name for picture in PICTURES))
+    return ("report.md", "report.json", *(plot.name for plot in PLOTS))
 
 
 def check_report_folder(folder: Path, overwrite: bool) -> None:
@@ -225,7 +225,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
 
     Raises:
         OutputError: the folder cannot be created or written, or holds a report and `overwrite` is false.
-        ErnieGgufError: matplotlib is missing.
+        ExtraError: matplotlib is missing.
     """
     place = folder if folder.exists() else folder.parent
     if folder.exists() and not folder.is_dir():
@@ -243,7 +243,7 @@ def check_report_folder(folder: Path, overwrite: bool) -> None:
     try:
         import matplotlib.figure  # noqa: F401 - a part of the extra
     except ImportError as error:
-        raise ErnieGgufError("--report draws with matplotlib, which is not installed: run `make quantizer`") from error
+        raise ExtraError("matplotlib for --report") from error
 
 
 @contextmanager
@@ -264,7 +264,7 @@ def _folder(folder: Path) -> Iterator[None]:
 
 
 def write_report(folder: Path, summary: QuantizeSummary) -> None:
-    """Write report.md, report.json and the pictures to `folder`, all of them or none, replacing older ones.
+    """Write report.md, report.json and the plots to `folder`, all of them or none, replacing older ones.
 
     Raises:
         OutputError: the folder cannot be created or written.
@@ -272,7 +272,7 @@ def write_report(folder: Path, summary: QuantizeSummary) -> None:
     files = {
         "report.md": _markdown(summary).encode(),
         "report.json": (json.dumps(summary_json(summary), indent=1, ensure_ascii=False) + "\n").encode(),
-        **{picture.name: picture.draw(by_tensor(summary.matrices)) for picture in PICTURES},
+        **{plot.name: plot.draw(by_tensor(summary.matrices)) for plot in PLOTS},
     }
     with _folder(folder), ExitStack() as renamed_at_the_end:
         for name, data in files.items():

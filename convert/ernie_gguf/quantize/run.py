@@ -22,6 +22,7 @@ from ..convert import Job, file_header, model_name
 from ..errors import ActivationError, OutputError, QuantizeError
 from ..files import check_output, pwrite
 from ..gguf_file.types import GgmlType
+from ..partial import partial_path
 from ..write import data_nbytes, offsets, write_tensors
 from .encoders import encode_rest, make_encoders
 from .experts import EncodedExpert, ExpertEncoder, LayerInput
@@ -32,7 +33,7 @@ from .settings import Settings
 from .stats import PROJECTIONS, MatrixStats
 from .text import Calibration
 from .workers import Workers
-from .workspace import Workspace, partial_path
+from .workspace import Workspace
 
 _EMBED_TOKENS = 8192  # at once
 _SEQUENCE_TOKENS = {"cpu": 1024, "cuda": 8192}  # tokens that a worker carries through attention at once

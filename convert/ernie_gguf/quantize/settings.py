@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..ccq2 import native
 from ..ccq2.code_maps import CODE_MAPS
-from ..errors import ExtraError
+from ..errors import ExtraError, QuantizeError
 
 if TYPE_CHECKING:
     from .kernels import Kernels
@@ -40,17 +40,17 @@ class Settings:
 def choose_device(wanted: str | None, torch_needed: bool) -> str:
     """`wanted`, or by default cuda if torch sees a GPU, else cpu.
 
-    Raises ExtraError if torch is missing but needed, or sees no GPU although cuda is wanted.
+    Raises ExtraError if torch is missing but needed, QuantizeError if it sees no GPU although cuda is wanted.
     """
     try:
         import torch
     except ImportError as error:
         if not torch_needed:
             return wanted or "cpu"
-        raise ExtraError("quantize needs torch: run `make quantizer` in the checkout") from error
+        raise ExtraError("torch") from error
     gpu = torch.cuda.is_available()
     if wanted == "cuda" and not gpu:
-        raise ExtraError("--device cuda: this torch sees no GPU; install a torch with CUDA, or give --device cpu")
+        raise QuantizeError("--device cuda: this torch sees no GPU; install a torch with CUDA, or give --device cpu")
     return wanted or ("cuda" if gpu else "cpu")
 
 

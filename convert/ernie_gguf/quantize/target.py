@@ -100,10 +100,10 @@ def read_losses(report: Path, plan: Plan) -> dict[str, float]:
     except OSError as error:
         raise QuantizeError(f"{path}: {error.strerror}; expected report.json of an earlier --report") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise QuantizeError(f"{path}: is no report.json of `quantize --report` ({error!r})") from error
+        raise QuantizeError(f"{path}: not a report.json of `quantize --report` ({error!r})") from error
     missing = [name for name in expected if not errors.get(name, 0) > 0 or types[name] not in EXPERT_LOSS]
     if missing:
-        raise QuantizeError(f"{path}: says nothing of {missing[0]}: expected the report of a run on this checkpoint")
+        raise QuantizeError(f"{path}: has no error of {missing[0]}: expected the report of a run on this checkpoint")
     in_ccq2 = {name: errors[name] * EXPERT_LOSS[GgmlType.CCQ2] / EXPERT_LOSS[types[name]] for name in expected}
     out: dict[str, float] = {}
     for projection in ("gate", "up", "down"):  # each projection keeps its share of the whole
@@ -140,7 +140,7 @@ def predicted_loss(plan: Plan, losses: Mapping[str, float]) -> float | None:
             if tensor.ggml_type not in EXPERT_LOSS:
                 return None
             total += losses[tensor.name] * EXPERT_LOSS[tensor.ggml_type] / EXPERT_LOSS[GgmlType.CCQ2]
-        elif tensor.role is Role.LINEAR and (part := part_of(tensor.name)) not in seen:
+        elif tensor.expected.role is Role.LINEAR and (part := part_of(tensor.name)) not in seen:
             seen.add(part)
             total += REST_LOSS[part].get(tensor.ggml_type, 0.0)
     return total
@@ -264,7 +264,7 @@ def mix_json(mix: Mix) -> dict[str, Any]:
         "predicted_bytes": mix.nbytes,
         "expert_bits_per_weight": round(mix.bits, 4),
         "predicted_loss": mix.loss and round(mix.loss, 5),
-        "types": {t.name: t.ggml_type.name.lower() for t in mix.job.plan.tensors if t.role is not Role.EXACT},
+        "types": {t.name: t.ggml_type.name.lower() for t in mix.job.plan.tensors if t.expected.role is not Role.EXACT},
         "notes": [f"{t.name}: {t.note}" for t in mix.job.plan.tensors if t.note],
         "steps": [{"bytes": s.nbytes, "bits": round(s.bits, 4), "loss": round(s.loss, 5)} for s in mix.steps],
         "fits": cards_that_fit(mix),

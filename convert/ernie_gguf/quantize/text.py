@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
 from ..arrays import I32
 from ..checkpoint.vocab import TOKENIZER, Vocab
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ExtraError
 
 MIN_TOKENS = 256  # fewer say next to nothing about 64 experts; a useful text has a hundred thousand
 _READ_BYTES = 1 << 20  # of text, tokenized at once
@@ -51,6 +50,10 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _tokenize(paths: Sequence[Path], source: Path) -> I32:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ExtraError("sentencepiece") from error
     try:
         tokenizer = SentencePieceProcessor(model_file=str(source / TOKENIZER))
     except (OSError, RuntimeError) as error:

@@ -1,1 +1,1 @@
-"""Programs that run a model: `ernie-gguf serve` and `chat`."""
+"""Whether a model fits, and the programs that run it: `ernie-gguf info`, `serve`, `run`, `chat` and `eval`."""

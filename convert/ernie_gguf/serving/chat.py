@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ErnieGgufError, one_line
+from ..options import CpuThreads, Seed, System, Temp
 
 if TYPE_CHECKING:
     from ernie_llama import Llama
@@ -22,27 +23,31 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class ChatError(ErnieGgufError):
-    """FILE cannot be used for a chat."""
+    """The file does not load, or does not fit a chat."""
 
 
 def chat(  # noqa: PLR0917 - typer makes options of the parameters
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
-    system: Annotated[str, typer.Option(help="System message, before the conversation.")] = "",
-    n_ctx: Annotated[
-        int, typer.Option("--ctx", min=0, help="Tokens that the conversation has room for; 0 for all the model has.")
+    system: System = "",
+    ctx_size: Annotated[
+        int, typer.Option("--ctx-size", "-c", metavar="N", min=0, help="Context size in tokens; 0 for the model's.")
     ] = 8192,
-    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Random seed; -1 picks a new one each run.")] = -1,
-    threads: Annotated[int, typer.Option(min=0, help="0 for one per physical core.")] = 0,
-    n_gpu_layers: Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1 for all.")] = -1,
-    n_cpu_moe: Annotated[int, typer.Option(min=0, help="Layers whose experts stay in the CPU's memory.")] = 0,
+    temp: Temp = 0.8,
+    seed: Seed = -1,
+    threads: CpuThreads = 0,
+    n_gpu_layers: Annotated[
+        int, typer.Option("--gpu-layers", "-ngl", metavar="N", help="Layers on the GPU; -1 for all.")
+    ] = -1,
+    n_cpu_moe: Annotated[
+        int, typer.Option("--n-cpu-moe", "-ncmoe", min=0, help="Layers whose experts stay in the CPU's memory.")
+    ] = 0,
 ) -> None:
     """Chat with FILE in the terminal."""
     talk(
         file,
         system=system,
         temp=temp,
-        n_ctx=n_ctx,
+        n_ctx=ctx_size,
         n_threads=threads or None,
         n_gpu_layers=n_gpu_layers,
         n_cpu_moe=n_cpu_moe,

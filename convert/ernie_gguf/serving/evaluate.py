@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ErnieGgufError
+from ..options import CtxSize
 
 
 class EvalError(ErnieGgufError):
@@ -18,7 +19,7 @@ class EvalError(ErnieGgufError):
 def evaluate(  # noqa: PLR0917 - typer makes options of the parameters
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split one the first part.")],
     tasks: Annotated[str, typer.Option(metavar="TASKS", help="Tasks of lm_eval, separated by commas.")],
-    n_ctx: Annotated[int, typer.Option("--ctx", metavar="N", min=1, help="Context size in tokens.")] = 4096,
+    ctx_size: CtxSize = 4096,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N examples of each task.", show_default=False)
     ] = None,
@@ -41,7 +42,7 @@ def evaluate(  # noqa: PLR0917 - typer makes options of the parameters
         raise EvalError("lm_eval is not installed: run `pip install -e '.[eval]'` in the checkout of ernie-gguf")
     from ernie_llama.evaluation import main
 
-    command = ["run", "--model", "ernie_llama", "--model_args", f"model_path={file},n_ctx={n_ctx}", "--tasks", tasks]
+    command = ["run", "--model", "ernie_llama", "--model_args", f"model_path={file},n_ctx={ctx_size}", "--tasks", tasks]
     for option, value in (("--limit", limit), ("--num_fewshot", num_fewshot), ("--output_path", output)):
         command += [] if value is None else [option, str(value)]
     main([*command, *(args or [])])

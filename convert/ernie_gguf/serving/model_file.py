@@ -1,4 +1,4 @@
-"""The file that serve, chat and eval are given: a model, and not the eyes of one."""
+"""The file that serve, chat and eval are given: a model, not an mmproj."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def check_model(file: Path, error: type[ErnieGgufError]) -> dict[str, Any]:
     metadata = _metadata(file, error)
     if metadata.get("general.architecture") == "clip":
         raise error(
-            f"{file} is an mmproj, the eyes of a vision-language model: give the model's own file, and this one as "
-            f"--mmproj {file} to `ernie-gguf serve`"
+            f"{file} is an mmproj, the vision encoder of a vision-language model: give the model's own file, and "
+            f"this one as --mmproj {file} to `ernie-gguf serve`"
         )
     return metadata
 

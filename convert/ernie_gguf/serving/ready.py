@@ -15,11 +15,11 @@ from ..errors import ErnieGgufError
 
 if TYPE_CHECKING:
     from ..convert import Job
-    from ..engine.memory import Question
-    from ..engine.types import Weighed
     from ..gguf_file.outtype import Outtype
     from ..hub.names import HubName
     from ..hub.source import Place
+    from .memory import Question
+    from .types import Weighed
 
 ASK_ABOVE = 5_000_000_000  # bytes of a download
 # Weights per second and core that become ccq2, on a busy Xeon with AVX-512: only to say whether it is minutes or hours.
@@ -76,15 +76,16 @@ def _question(ctx: int) -> Question:
     """What to plan for: this machine, with the KV cache that `chat` and `serve` have."""
     from ernie_llama import device_memory
 
-    from ..engine.memory import Question
+    from .memory import Question
 
     return Question(ctx, "q8_0", tuple(device.total for device in device_memory() if device.name != "CPU"))
 
 
 def _experts_beside(file: Path, ctx: int) -> int:
     """Layers whose experts do not fit on the cards."""
-    from ..engine.memory import OWN_CARDS, EstimateError, Model, fit
     from ..gguf_file.reader import read_gguf
+    from .cards import OWN_CARDS, EstimateError
+    from .memory import Model, fit
 
     try:
         return fit(Model(read_gguf(file)), _question(ctx), OWN_CARDS)[-1].n_cpu_moe
@@ -110,8 +111,8 @@ def _make(source: Path, name: HubName, ctx: int, outtype: Outtype | None, yes: b
 
 def _choose(place: Place, question: Question, outtype: Outtype | None) -> Weighed:
     """The type asked for, else the most exact one that fits."""
-    from ..engine.memory import OWN_CARDS
-    from ..engine.types import best, weigh
+    from .cards import OWN_CARDS
+    from .types import best, weigh
 
     found = weigh(place.folder, question, OWN_CARDS, [outtype] if outtype else None, text_only=True)
     if outtype is not None and found:
@@ -124,11 +125,11 @@ def _choose(place: Place, question: Question, outtype: Outtype | None) -> Weighe
 
 def _convert(place: Place, name: HubName, chosen: Weighed, yes: bool) -> Path:
     """Say what it takes, ask, and write the file."""
-    from ..bars import progress_bar
     from ..convert import output_path, prepare, write_gguf
     from ..hub.k_order import fetch_for_k_order
     from ..hub.source import duration
     from ..hub.stream import check_disk, convert_stream, plan_stream
+    from ..progress import progress_bar
     from ..units import human
 
     folder, threads = models_folder(name), min(4, os.cpu_count() or 1)

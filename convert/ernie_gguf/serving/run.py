@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..gguf_file.outtype import Outtype
+from ..options import CpuThreads, CtxSize, Seed, System, Temp, Yes
 
 
 def run(  # noqa: PLR0917 - typer makes options of the parameters
@@ -21,12 +22,12 @@ def run(  # noqa: PLR0917 - typer makes options of the parameters
             help="Type to convert to (default: the most exact one that fits this machine).", show_default=False
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a download of more than 5 GB.")] = False,
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens that the conversation has room for.")] = 8192,
-    system: Annotated[str, typer.Option(help="System message, before the conversation.")] = "",
-    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the random draws; -1 for another one each time.")] = -1,
-    threads: Annotated[int, typer.Option(min=0, help="0 for one per physical core.")] = 0,
+    yes: Yes = False,
+    ctx_size: CtxSize = 8192,
+    system: System = "",
+    temp: Temp = 0.8,
+    seed: Seed = -1,
+    threads: CpuThreads = 0,
 ) -> None:
     """Download NAME, convert it to a type that fits this machine, and chat with it.
 
@@ -35,13 +36,13 @@ def run(  # noqa: PLR0917 - typer makes options of the parameters
     from .chat import talk
     from .ready import ready
 
-    found = ready(source, ctx, outtype, yes)
+    found = ready(source, ctx_size, outtype, yes)
     talk(
         found.file,
         system=system,
         temp=temp,
         prompt=prompt,
-        n_ctx=ctx,
+        n_ctx=ctx_size,
         n_threads=threads or None,
         n_cpu_moe=found.n_cpu_moe,
         seed=seed,

@@ -19,6 +19,9 @@ from .ready import ready
 
 SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 
+CTX_SIZE = ("-c", "--ctx-size")
+PLANNED_CTX = 8192  # tokens, if nobody says how many
+
 # What is added unless the user gives one of the names. Context, layers on the GPU and experts in the CPU's memory are
 # left unset: llama.cpp's fitting chooses them so that the model fits into the memory there is.
 DEFAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -65,13 +68,15 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
     gpus: Annotated[
         str | None,
         typer.Option(
-            help="Memory of each card in GiB: 24,24,24,24. Places the layers as `info` plans.", show_default=False
+            help="Memory of each card in GiB: 24,24,24,24. Places the layers as `info` plans, for a context of "
+            "-c tokens (8192).",
+            show_default=False,
         ),
     ] = None,
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context, with --gpus.")] = 8192,
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the server's page in a browser once the model is loaded.")
     ] = False,
+    # Without -y: of llama-server's own short options the letters are tried one by one.
     yes: Annotated[
         bool, typer.Option("--yes", help="For a name: do not ask before a download of more than 5 GB.")
     ] = False,
@@ -84,9 +89,9 @@ def serve(  # noqa: PLR0917 - typer makes options of the parameters
         raise ServeError(f"FILE comes before the options of llama-server: ernie-gguf serve FILE {file} ...")
     args = args or []
     if not file.exists() and as_name(file) is not None:
-        file = ready(file, ctx, None, yes).file
+        file = ready(file, context_of(args), None, yes).file
     if gpus:
-        args = [*placement(file, gpus, ctx, args), *args]
+        args = [*placement(file, gpus, args), *args]
     command = server_command(file, args, mmproj)
     page = address(args)
     check_port(args)
@@ -131,29 +136,42 @@ def value_of(args: Sequence[str], names: tuple[str, ...], default: str) -> str:
     return found
 
 
-def placement(file: Path, gpus: str, ctx: int, args: Sequence[str]) -> list[str]:
+def context_of(args: Sequence[str]) -> int:
+    """The context that llama-server's options ask for, or the one that is planned for without.
+
+    Raises:
+        ServeError: it is not a number of tokens.
+    """
+    asked = value_of(args, CTX_SIZE, str(PLANNED_CTX))
+    if not asked.isdecimal() or not int(asked):
+        raise ServeError(f"a context of {asked} tokens cannot be planned for: give -c N")
+    return int(asked)
+
+
+def placement(file: Path, gpus: str, args: Sequence[str]) -> list[str]:
     """llama-server's options that place `file` on cards of these sizes in GiB, as `info` plans them.
 
     Raises:
         ServeError: it does not fit, or the type of KV cache in `args` is not one that is planned for.
         typer.BadParameter: `gpus` are not sizes.
     """
-    from ..engine.memory import KV_BLOCKS, Model, Question, fit, read_sizes, stand_ins
     from ..gguf_file.reader import read_gguf
+    from .cards import read_sizes, stand_ins
+    from .memory import KV_BLOCKS, Model, Question, fit
 
     try:
         cards = read_sizes(gpus)
     except ValueError as error:
         raise typer.BadParameter(f"{gpus!r}, expected sizes in GiB such as 24,24", param_hint="--gpus") from error
-    kv = value_of(args, ("--cache-type-k", "-ctk"), "q8_0")
+    ctx, kv = context_of(args), value_of(args, ("--cache-type-k", "-ctk"), "q8_0")
     if kv not in KV_BLOCKS:
         raise ServeError(f"--gpus cannot plan for a KV cache of type {kv}, only for {', '.join(KV_BLOCKS)}")
     with stand_ins(len(cards)) as planned:
         plan = fit(Model(read_gguf(file)), Question(ctx, kv, cards), planned)[-1]
     if not plan.fits:
         raise ServeError(
-            f"{file} does not fit on cards of {gpus} GiB with a context of {ctx}: try a shorter --ctx; "
-            f"`ernie-gguf info {file} --gpus {gpus} --ctx {ctx}` shows what each card would hold"
+            f"{file} does not fit on cards of {gpus} GiB with a context of {ctx}: try a smaller -c; "
+            f"`ernie-gguf info {file} --gpus {gpus} -c {ctx}` shows what each card would hold"
         )
     return [*plan.options.split(), "-c", str(ctx), "--fit", "off"]
 
@@ -172,8 +190,8 @@ def server_command(file: Path, args: Sequence[str], mmproj: Path | None = None) 
     given = {arg.split("=", 1)[0] for arg in args}
     chosen = [part for names, parts in DEFAULTS if not given & set(names) for part in parts]
     alias = [] if given & {"--alias", "-a"} else ["--alias", file.stem]
-    eyes = [] if mmproj is None else ["--mmproj", str(mmproj)]
-    return [str(server_program()), "--model", str(file), *eyes, *alias, *chosen, *args]
+    vision = [] if mmproj is None else ["--mmproj", str(mmproj)]
+    return [str(server_program()), "--model", str(file), *vision, *alias, *chosen, *args]
 
 
 def server_program() -> Path:

@@ -112,7 +112,7 @@ template <int LANES> struct stock_kernels {
 
     // --- the search
 
-    // The entries g with the least squares[pattern] + line·g, for each of `count` items; of equals the lowest.
+    // The entries g with the least squares[pattern] + line·g, for each of `count` items; ties go to the lowest.
     template <int D>
     static INLINE void least(const stock_kind & kind,
                              const float *      squares,

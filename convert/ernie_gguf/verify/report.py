@@ -10,8 +10,9 @@ from rich.text import Text
 from ..checkpoint.find_k_order import KOrderFinding
 from ..checkpoint.k_order import KOrder
 from ..gguf_file.reader import GgufFile
-from ..report import right, table, whole
-from .compare import Finding, Verdict, orders_of
+from ..tables import right, table, whole
+from .chunk import orders_of
+from .finding import Finding, Verdict
 
 
 def _said(verdict: Verdict) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import synthetic
 import typer
-from ernie_gguf.engine import memory
-from ernie_gguf.engine.memory import CPU, GIB, OWN_CARDS, Cards, Model, Plan, Question, fit, place, stand_ins
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import memory
+from ernie_gguf.serving.cards import GIB, OWN_CARDS, Cards, read_sizes, stand_ins
+from ernie_gguf.serving.memory import CPU, Model, Plan, Question, fit, place
 from ernie_gguf.serving.serve import ServeError, placement
 from released import SHAPES
 from support.command_line import Command
@@ -128,29 +129,29 @@ def test_what_does_not_fit_gets_a_plan_that_does(big: dict[str, Path], cards: Ca
 
 
 def test_serve_places_the_layers_as_planned(big: dict[str, Path]) -> None:
-    assert placement(big["300b"], "8,8", 4096, []) == ["-ngl", "99", "-c", "4096", "--fit", "off"]
+    assert placement(big["300b"], "8,8", ["-c", "4096"]) == ["-ngl", "99", "-c", "4096", "--fit", "off"]
     with stand_ins(2) as cards:
         model = Model(read_gguf(big["300b"]))
         everything = place(model, Question(8192, "f16", (GIB, GIB)), cards, 0, None)
         largest = max(need.bytes for need in everything.needs[:2])
         each = (largest - 100 * 2**20 + memory.MARGIN) / GIB
-        best = fit(model, Question(8192, "f16", memory.read_sizes(f"{each},{each}")), cards)[-1]
-    options = placement(big["300b"], f"{each},{each}", 8192, ["-ctk", "f16", "-ctv", "f16"])
+        best = fit(model, Question(8192, "f16", read_sizes(f"{each},{each}")), cards)[-1]
+    options = placement(big["300b"], f"{each},{each}", ["-ctk", "f16", "-ctv", "f16"])
     assert options == [*best.options.split(), "-c", "8192", "--fit", "off"]
     assert {"-ts", "--n-cpu-moe"} & set(options)
 
 
 def test_serve_says_what_does_not_fit(big: dict[str, Path]) -> None:
     with pytest.raises(ServeError, match=r"does not fit on cards of 0\.5,0\.5 GiB with a context of 4096"):
-        placement(big["300b"], "0.5,0.5", 4096, [])
+        placement(big["300b"], "0.5,0.5", ["--ctx-size=4096"])
     with pytest.raises(ServeError, match="KV cache of type q5_1"):
-        placement(big["300b"], "24", 4096, ["--cache-type-k=q5_1"])
+        placement(big["300b"], "24", ["--cache-type-k=q5_1"])
     with pytest.raises(typer.BadParameter, match="expected sizes"):
-        placement(big["300b"], "24,x", 4096, [])
+        placement(big["300b"], "24,x", [])
 
 
 def test_the_command_tells_it_in_both_forms(big: dict[str, Path], ernie_gguf: Command) -> None:
-    done = ernie_gguf("info", big["300b"], "--gpus", "8,8", "--ctx", "4096", "--json")
+    done = ernie_gguf("info", big["300b"], "--gpus", "8,8", "-c", "4096", "--json")
     told = json.loads(done.out)
     assert (done.code, told["fits"], told["ctx"]) == (0, True, 4096)
     assert [need["device"] for need in told["plans"][0]["needs"]] == ["GPU 0", "GPU 1", CPU]
@@ -160,11 +161,19 @@ def test_the_command_tells_it_in_both_forms(big: dict[str, Path], ernie_gguf: Co
     assert "Does not fit: GPU 0" in ernie_gguf("info", big["300b"], "--gpus", "1").out
 
 
-@pytest.mark.parametrize(("option", "value"), [("--gpus", "24,x"), ("--gpus", "0"), ("--kv", "f11"), ("--ctx", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--gpus", "24,x"), ("--gpus", "0"), ("--cache-type-k", "f11"), ("-c", "0")]
+)
 def test_wrong_options_are_named(tiny_ccq2_gguf: Path, ernie_gguf: Command, option: str, value: str) -> None:
     done = ernie_gguf("info", tiny_ccq2_gguf, option, value)
     assert done.code == 2
     assert option in done.err
+
+
+def test_older_names_of_options_are_understood(tiny_ccq2_gguf: Path, ernie_gguf: Command) -> None:
+    new = ernie_gguf("info", tiny_ccq2_gguf, "--gpus", "1", "--ctx-size", "1024", "--cache-type-k", "f16")
+    assert ernie_gguf("info", tiny_ccq2_gguf, "--gpus", "1", "--ctx", "1024", "--kv=f16") == new
+    assert "context of 1024 tokens, KV cache f16" in new.out
 
 
 def test_a_file_that_is_not_gguf_is_one_line(tmp_path: Path, ernie_gguf: Command) -> None:

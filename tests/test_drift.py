@@ -1,4 +1,4 @@
-"""ggml_patch/drift.py: says which patches apply to another llama.cpp."""
+"""tools/drift.py: says which patches apply to another llama.cpp."""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ernie_gguf.engine.build import build
-from ernie_gguf.engine.install import MANIFEST, manifest
-from ernie_gguf.engine.recipe import PROGRAMS, Flavour, Job
-from ernie_gguf.engine.search import compile_search
+from ernie_gguf.llama_build.build import build
+from ernie_gguf.llama_build.install import MANIFEST, manifest
+from ernie_gguf.llama_build.recipe import PROGRAMS, Flavour, Job
+from ernie_gguf.llama_build.search import compile_search
+from ernie_gguf.progress import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,15 +71,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     job = Job(args.folder.absolute(), Flavour.PORTABLE, args.jobs)
-    shown: set[str] = set()
-
-    def report(name: str, done: int, total: int) -> None:
-        text = f"{name} {10 * done // total * 10} %" if total else name
-        if text not in shown:
-            shown.add(text)
-            print(text, flush=True)
-
-    build(job, report)
+    build(job, lines(sys.stdout))
     staged = job.folder / "wheel"
     stage(job, staged)
     wheel = pack(staged, job.folder / "wheel.work", args.out)

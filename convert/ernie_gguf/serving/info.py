@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import AsJson, CtxSize, Gpus
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -24,20 +26,23 @@ def info(
             help="A GGUF file, of a split one the first; or a checkpoint, a folder or a name: which type of it fits.",
         ),
     ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(help="Memory of each card in GiB: 24,24,24,24. Default: the GPUs here.", show_default=False),
-    ] = None,
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context to plan for.")] = 8192,
-    kv: Annotated[str, typer.Option(help="Type of the KV cache: f16, q8_0 (as `serve` has it) or q4_0.")] = "q8_0",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpus: Gpus = None,
+    ctx_size: CtxSize = 8192,
+    cache_type: Annotated[
+        str,
+        typer.Option(
+            "--cache-type-k", "-ctk", metavar="TYPE", help="Type of the KV cache, for K and V: f16, q8_0 or q4_0."
+        ),
+    ] = "q8_0",
+    as_json: AsJson = False,
 ) -> None:
     """Show the llama.cpp in use; for FILE, what it needs and whether it fits; for a checkpoint, which type does."""
     from ..gguf_file.reader import read_gguf
     from ..hub.names import is_checkpoint
     from ..hub.source import opened
-    from ..report import show
-    from .memory import KV_BLOCKS, OWN_CARDS, Model, Question, fit, read_sizes, stand_ins
+    from ..tables import show
+    from .cards import OWN_CARDS, read_sizes, stand_ins
+    from .memory import KV_BLOCKS, Model, Question, fit
     from .types import types_json, types_text, weigh
 
     if file is None:
@@ -47,9 +52,10 @@ def info(
         cards = read_sizes(gpus) if gpus else ()
     except ValueError as error:
         raise typer.BadParameter(f"{gpus!r}, expected sizes in GiB such as 24,24", param_hint="--gpus") from error
-    if kv not in KV_BLOCKS:
-        raise typer.BadParameter(f"{kv!r}, expected one of {', '.join(KV_BLOCKS)}", param_hint="--kv")
-    question = Question(ctx, kv, cards or _own_cards())
+    if cache_type not in KV_BLOCKS:
+        expected = f"expected one of {', '.join(KV_BLOCKS)}"
+        raise typer.BadParameter(f"{cache_type!r}, {expected}", param_hint="--cache-type-k")
+    question = Question(ctx_size, cache_type, cards or _own_cards())
     planning = stand_ins(len(cards)) if cards else nullcontext(OWN_CARDS)
     if is_checkpoint(file):
         with opened(file) as place, planning as planned:
@@ -74,9 +80,9 @@ def _library() -> dict[str, Any]:
     """What is known of the library."""
     import ernie_llama
 
-    from .install import read_manifest
-    from .recipe import digest, patch_dir
-    from .tools import driver_version
+    from ..llama_build.install import read_manifest
+    from ..llama_build.recipe import digest, patch_dir
+    from ..llama_build.tools import driver_version
 
     found = ernie_llama.info()
     built = read_manifest(found.path)
@@ -108,7 +114,7 @@ def _library() -> dict[str, Any]:
 
 
 def _library_text(found: dict[str, Any]) -> list[RenderableType]:
-    from ..report import right, table
+    from ..tables import right, table
 
     has = {True: "yes", False: "no"}
     devices = table("device", "description", right("memory"), right("free"), "ccq2")
@@ -161,12 +167,12 @@ def _plans_text(model: Model, question: Question, plans: list[Plan]) -> list[Ren
     for plan in plans:
         lines += ["", f"llama-server {plan.options}" if question.cards else "on the CPU", _table(plan), _verdict(plan)]
     if not plans[-1].fits:
-        lines.append("No number of layers with experts on the CPU (--n-cpu-moe) makes it fit: try a shorter --ctx.")
+        lines.append("No --n-cpu-moe makes it fit: try a smaller --ctx-size.")
     return lines
 
 
 def _table(plan: Plan) -> Table:
-    from ..report import right, table
+    from ..tables import right, table
 
     names = ("weights", "KV cache", "compute", "sum", "has", "left")
     needs = table("device", "layers", *(right(name) for name in names))

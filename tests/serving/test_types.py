@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from ernie_gguf.engine import types as weighing
-from ernie_gguf.engine.memory import GIB, OWN_CARDS, Question
-from ernie_gguf.engine.types import best, possible, weigh, weightless
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
+from ernie_gguf.serving import types as weighing
+from ernie_gguf.serving.cards import GIB, OWN_CARDS
+from ernie_gguf.serving.memory import Question
+from ernie_gguf.serving.types import best, possible, weigh, weightless
 from reference.specimens import TINY
 from released import bf16_21b, two_bits_300b, write_sparse
 from support.checkpoints import Spec, make
@@ -66,7 +67,7 @@ def test_the_21b(
 def test_the_300b_for_people(ernie_gguf: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weighing, "main_memory", lambda: 64 * GIB)
     folder = write_sparse(tmp_path / "ERNIE-4.5-300B-A47B-2Bits-Paddle", two_bits_300b())
-    done = ernie_gguf("info", folder, "--gpus", "24,24,24,24", "--ctx", "32768")
+    done = ernie_gguf("info", folder, "--gpus", "24,24,24,24", "-c", "32768")
     assert done.code == 0, done.err
     assert "cards of 24, 24, 24, 24 GiB; context of 32768 tokens, KV cache q8_0" in done.out
     (row,) = [line for line in done.out.splitlines() if line.startswith("auto")]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ernie_gguf.engine.recipe import PROGRAMS
+from ernie_gguf.llama_build.recipe import PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = {"cpu": "libggml-cpu", "cuda": "libggml-cuda", "vulkan": "libggml-vulkan"}

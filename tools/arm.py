@@ -1,4 +1,4 @@
-"""Cross-compile the patched llama.cpp for ARM and test ccq2 in an emulator (qemu), which says nothing of speed.
+"""Cross-compile the patched llama.cpp for ARM and test ccq2 in an emulator (qemu), which tells nothing about speed.
 
 The kernels are compiled for three levels of the architecture, the rest once. Tests run side by side, as many as --jobs.
 """
@@ -9,11 +9,14 @@ import argparse
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ggml_patch"))
 
 import tree
 

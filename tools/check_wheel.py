@@ -56,8 +56,9 @@ def main() -> None:
                 sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
             return done.stdout
 
-        # pip keeps the user's configuration, which may name mirrors.
-        subprocess.run([str(binaries / "pip"), "install", "-q", str(wheel)], check=True, env=os.environ)
+        # pip keeps the user's configuration, which may name mirrors. Of the extra `quantize` the plan needs no more.
+        install = [str(binaries / "pip"), "install", "-q", str(wheel), "sentencepiece"]
+        subprocess.run(install, check=True, env=os.environ)
         before = {path for path in (folder / "venv").rglob("*") if path.is_file()}
         run("ernie-gguf", "convert", "ernie-tiny", "--outfile", "tiny.gguf", "--outtype", "ccq2")
         library = json.loads(run("ernie-gguf", "info", "--json"))
@@ -69,7 +70,7 @@ def main() -> None:
         quantize = ("--calibration", "text.txt", "--outfile", "2bit.gguf", "--dry-run")
         run("ernie-gguf", "quantize", "ernie-tiny", *quantize)
         print("Python wrote:", repr(run("python", "-c", PYTHON)))
-        run("ernie-gguf", "chat", "tiny.gguf", "--ctx", "256", stdin="hello\n")
+        run("ernie-gguf", "chat", "tiny.gguf", "-c", "256", stdin="hello\n")
         shutil.copy2(VARIANTS, folder)
         print("CPU variants:", run("python", VARIANTS.name, "tiny.gguf"), sep="\n", end="")
         ask_the_server(binaries, folder, environment)

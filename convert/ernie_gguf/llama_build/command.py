@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from .build import Report
 
 
 def build(  # noqa: PLR0917 - typer makes options of the parameters
@@ -57,14 +52,15 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
     """Build the patched llama.cpp for this machine and install it for this user."""
     from ernie_llama import data_folder
 
-    from . import build as steps
+    from ..progress import steps
+    from . import build as making
     from .install import install, install_search
     from .page import page_state
     from .recipe import Flavour, Job
 
     data = data_folder()
     if clean:
-        size = steps.remove(data.parent) if data.parent.is_dir() else 0
+        size = making.remove(data.parent) if data.parent.is_dir() else 0
         typer.echo(f"removed {data.parent}: {size / 1e6:.0f} MB")
         return
     if cuda and vulkan:
@@ -80,13 +76,13 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         backend_only=backend_only,
         page=page,
     )
-    with _reporting() as report:
+    with steps() as report:
         if sources_only:
-            with steps.locked(job.folder):
-                steps.prepare_tree(job, report)
+            with making.locked(job.folder):
+                making.prepare_tree(job, report)
             typer.echo(job.tree)
             return
-        steps.build(job, report)
+        making.build(job, report)
         built = job.bin if folder else install(job, data)
         if not folder:
             install_search(job, data)
@@ -104,32 +100,3 @@ def _architectures(arch: str | None) -> str:
     if (arch is None and tools.driver_version()) or tools.find("nvcc") is None:
         return "native"
     return tools.every_architecture(tools.cuda_version())
-
-
-@contextmanager
-def _reporting() -> Iterator[Report]:
-    """A bar on a terminal; elsewhere a line for each step and each tenth of it."""
-    if not sys.stderr.isatty():
-        said: set[str] = set()
-
-        def line(name: str, done: int, total: int) -> None:
-            text = f"{name} {10 * done // total * 10} %" if total else name
-            if text not in said:
-                said.add(text)
-                sys.stderr.write(f"{text}\n")
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("check", total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total or None)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import ernie_llama
 import pytest
-from ernie_gguf.engine import build as steps
-from ernie_gguf.engine import install, recipe, tools, vulkan
+from ernie_gguf.llama_build import build as steps
+from ernie_gguf.llama_build import install, recipe, tools, vulkan
 from support.command_line import Command, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -318,7 +318,7 @@ def test_an_interrupted_build_leaves_what_was_installed(source: Path, data: Path
     code = f"""
 import sys
 from pathlib import Path
-from ernie_gguf.engine import recipe
+from ernie_gguf.llama_build import recipe
 recipe.PACKAGE = Path({str(recipe.PACKAGE)!r})
 from ernie_gguf.cli import main
 sys.argv = ["ernie-gguf", "build", "--llama-cpp", {str(source)!r}]

@@ -1,4 +1,4 @@
-"""The pictures of a report: PNG bytes from the statistics of the tensors. matplotlib is imported when one is drawn.
+"""The plots of a report: PNG bytes from the statistics of the tensors. matplotlib is imported when one is drawn.
 
 The same statistics give the same bytes with the same matplotlib. Colour-blind readers can tell the colours apart: they
 are Okabe and Ito's and the map viridis. Lines differ in their markers too.
@@ -34,8 +34,8 @@ _MOST_COLOURS = 99.0  # percentile that the colours reach: a few outliers must n
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture: how it is drawn, and its text in report.md."""
+class Plot:
+    """One plot: how it is drawn, and its text in report.md."""
 
     name: str
     title: str
@@ -203,16 +203,16 @@ def expert_load(tensors: Sequence[Group]) -> bytes:
     return _png(figure)
 
 
-PICTURES = (
-    Picture(
+PLOTS = (
+    Plot(
         "error-by-layer.png",
         "Error by layer",
         "The error in each layer's experts, in the calibration metric: solid with calibration, dashed with the plain "
         "encoder. The gap is what calibration gains. If a solid line reaches its dashed one, or a single layer stands "
-        "out, look at that layer in the next picture.\n",
+        "out, look at that layer in the next plot.\n",
         error_by_layer,
     ),
-    Picture(
+    Plot(
         "error-by-expert.png",
         "Error by layer and expert",
         "The same error for every expert matrix. Each projection has its own range of colours; the worst hundredth of "
@@ -220,7 +220,7 @@ PICTURES = (
         "badly or that got too few tokens (compare the load below); a bright row is a hard layer.\n",
         error_by_expert,
     ),
-    Picture(
+    Plot(
         "scales.png",
         "Group scales",
         "How often the groups of 64 weights use each 4-bit scale. Most belong between 8 and 15, where one step changes "
@@ -228,7 +228,7 @@ PICTURES = (
         "that a few outliers took the range, scale 0 that whole groups became zeros.\n",
         scale_histograms,
     ),
-    Picture(
+    Plot(
         "expert-load.png",
         "Expert load",
         "Calibration tokens routed to each expert. Colours are logarithmic; crosses mark experts that got none. "
