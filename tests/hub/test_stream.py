@@ -216,7 +216,9 @@ def test_a_file_that_changes(run: Run, hub: FakeHub, tmp_path: Path, monkeypatch
 
     def change(sent: int) -> None:
         if sent > 6_000_000 and path.read_bytes() == original:
-            path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+            changed = path.with_suffix(".new")  # the hub reads the file meanwhile
+            changed.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+            changed.replace(path)
 
     hub.on_bytes = change
     done = run()
@@ -344,17 +346,20 @@ def start(hub: FakeHub, tmp_path: Path, *options: str) -> "subprocess.Popen[str]
 def test_stopped_anywhere(hub: FakeHub, wanted: bytes, tmp_path: Path, number: signal.Signals) -> None:
     """Stopped again and again, each time a little later, it ends with the right bytes."""
     (tmp_path / "here").mkdir()
-    rng = random.Random(int(number))
-    hub.on_bytes = lambda _: time.sleep(0.001)
-    stops = 0
-    for _ in range(12):
-        process = start(hub, tmp_path)
-        limit = hub.sent + rng.randrange(2_500_000, 8_000_000)
-        while process.poll() is None and hub.sent < limit:
-            time.sleep(0.005)
-        if process.poll() is None and stops < 3:
-            process.send_signal(number)
+    rng, stops, running, limit = random.Random(int(number)), 0, list[subprocess.Popen[str]](), 0
+
+    def stop(sent: int) -> None:
+        nonlocal stops
+        time.sleep(0.001)
+        if running and stops < 3 and sent >= limit:
+            running.pop().send_signal(number)
             stops += 1
+
+    hub.on_bytes = stop
+    for _ in range(12):
+        limit = hub.sent + rng.randrange(2_500_000, 8_000_000)
+        process = start(hub, tmp_path)
+        running[:] = [process]
         _, err = process.communicate(timeout=60)
         if process.returncode == 0:
             break
