@@ -12,7 +12,7 @@ from ernie_gguf.errors import CheckpointError, ConfigError
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.gguf_file.reader import GgufFile
 from ernie_gguf.mapping import map_tensors
-from ernie_gguf.verify import compare as verify
+from ernie_gguf.verify.compare import verify
 from support.checkpoints import Spec, Stored, config, make, store, stored, write_checkpoint
 from support.models import convert
 from support.paddle import Quantized, plain, quantized, two_bits_config
@@ -25,7 +25,7 @@ def converted(source: Path, outfile: Path, outtype: str = "auto", text_only: boo
     file = convert(source, outfile, outtype, text_only=text_only)
     assert all(
         verdict.ok
-        for verdict in verify.verify(map_tensors(*read_checkpoint(source, text_only)).tensors, file, 2, lambda _: None)
+        for verdict in verify(map_tensors(*read_checkpoint(source, text_only)).tensors, file, 2, lambda _: None)
     )
     return file
 

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ernie_gguf import cli
-from ernie_gguf import write as execute
+from ernie_gguf import cli, write
 from ernie_gguf.errors import GgufError, OutputError
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
 from ernie_gguf.gguf_file.split import parse_size, sibling_paths, split_paths, split_sizes
@@ -113,14 +112,14 @@ def test_reading_asks_for_the_first_file_and_all_others(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_piece = execute._write_piece
+    write_piece = write._write_piece
 
     def fail_late(*args: object) -> Inexact:
         if args[2].tensor.name == "output_norm.weight":  # type: ignore[attr-defined]  # a Piece
             raise OSError(28, "No space left on device")
         return write_piece(*args)  # type: ignore[arg-type]  # as it was called
 
-    monkeypatch.setattr(execute, "_write_piece", fail_late)
+    monkeypatch.setattr(write, "_write_piece", fail_late)
     with pytest.raises(OutputError, match=r"No space left on device; nothing was written$"):
         split(tmp_path / "m.gguf", 3_000_000)
     assert list(tmp_path.iterdir()) == []

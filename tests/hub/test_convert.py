@@ -102,8 +102,7 @@ def test_inspect_shows_a_checkpoint(ernie_gguf: Command, hub: FakeHub, checkpoin
     named, folder = ernie_gguf("inspect", REPO), ernie_gguf("inspect", checkpoint)
     assert (named.code, folder.code) == (0, 0)
     assert hub.sent <= 3 << 20
-    rows = [line.split() for line in named.out.splitlines()]
-    assert ["model.layers.1.mlp.gate.weight", "8", "x", "256", "BF16", "4.1", "kB"] in rows
+    assert "model.layers.1.mlp.gate.weight 8 x 256 BF16 4.1 kB" in named.rows
     assert named.out.replace(REPO, str(checkpoint)) == folder.out
     summary = json.loads(ernie_gguf("inspect", REPO, "--json").out)
     assert summary["config"]["architecture"] == "ernie4_5-moe"

@@ -13,7 +13,7 @@ from pathlib import Path
 import ernie_llama
 import pytest
 from ernie_gguf.llama_build import build as steps
-from ernie_gguf.llama_build import install, recipe, tools, vulkan
+from ernie_gguf.llama_build import install, recipe, search, tools, vulkan
 from support.command_line import Command, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,17 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (patches / "series").write_text("# none\n")
     (patches / "upstream.txt").write_text(f"llama-cpp-python==0.0.1 --hash=sha256:{'0' * 64}\n")
     monkeypatch.setattr(recipe, "PACKAGE", tmp_path / "package")
+    # The encoders take a minute to compile with optimization; `make build` has done so.
+    monkeypatch.setattr(search, "FLAGS", ("-std=c++17", "-O0", "-fPIC"))
     return ernie_llama.data_folder()
+
+
+@pytest.fixture
+def _small_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the encoders."""
+    (tmp_path / "search.cpp").write_text('extern "C" int search() { return 1; }\n')
+    monkeypatch.setattr(search, "SEARCHES", (tmp_path / "search.cpp",))
+    (tmp_path / "package" / "ggml_patch" / "src" / "ggml" / "src" / "ggml-ccq-encode.cpp").write_text("")
 
 
 @pytest.fixture
@@ -87,7 +97,7 @@ def test_it_is_installed_for_the_user_and_found(source: Path, data: Path, ernie_
     subprocess.run([data / "cpu" / "llama-server"], check=True)
 
 
-@pytest.mark.usefixtures("_any_library_loads")
+@pytest.mark.usefixtures("_any_library_loads", "_small_search")
 def test_a_second_build_replaces_the_first_in_one_step(source: Path, data: Path, ernie_gguf: Command) -> None:
     ernie_gguf("build", "--llama-cpp", source)
     first = (data / "cpu").resolve()
@@ -96,6 +106,27 @@ def test_a_second_build_replaces_the_first_in_one_step(source: Path, data: Path,
     assert "compile" not in done.err  # nothing has changed
     assert (data / "cpu").resolve() != first
     assert not first.exists()
+
+
+@pytest.mark.usefixtures("_any_library_loads", "_small_search")
+def test_the_encoders_are_compiled_once(
+    source: Path, data: Path, tmp_path: Path, ernie_gguf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Path] = []
+    compile_search = search.compile_search
+
+    def counted(folder: Path) -> Path:
+        compiled.append(folder)
+        return compile_search(folder)
+
+    monkeypatch.setattr(search, "compile_search", counted)
+    for _ in range(2):
+        assert ernie_gguf("build", "--llama-cpp", source).code == 0
+    assert len(compiled) == 1
+    (tmp_path / "search.cpp").write_text('extern "C" int search() { return 2; }\n')
+    assert ernie_gguf("build", "--llama-cpp", source).code == 0
+    assert len(compiled) == 2
+    assert (data / "search" / search.LIBRARY).read_bytes() == (data / "build" / "search" / search.LIBRARY).read_bytes()
 
 
 def test_a_folder_is_built_in_place_with_the_tests_and_nothing_is_installed(
@@ -116,7 +147,7 @@ def test_an_edit_in_the_tree_is_built(source: Path, tmp_path: Path, ernie_gguf: 
     assert subprocess.run([tmp_path / "b" / "cpu" / "bin" / "llama-server"], check=False).returncode == 7
 
 
-@pytest.mark.usefixtures("_any_library_loads")
+@pytest.mark.usefixtures("_any_library_loads", "_small_search")
 def test_a_compiler_error_is_one_line_and_the_next_run_goes_on(source: Path, data: Path, ernie_gguf: Command) -> None:
     (source / "main.c").write_text("int main(void) { return nothing; }\n")
     done = ernie_gguf("build", "--llama-cpp", source)
@@ -237,7 +268,7 @@ esac
 """
 
 
-@pytest.mark.usefixtures("_any_library_loads")
+@pytest.mark.usefixtures("_any_library_loads", "_small_search")
 def test_a_build_with_vulkan_says_what_the_shader_compiler_lacks(
     source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ernie_gguf: Command
 ) -> None:
@@ -298,7 +329,7 @@ def test_a_wrong_hash_is_named(data: Path, ernie_gguf: Command) -> None:
     assert f"expected {'0' * 64}" in done.err
 
 
-@pytest.mark.usefixtures("_any_library_loads")
+@pytest.mark.usefixtures("_any_library_loads", "_small_search")
 def test_clean_removes_everything(source: Path, data: Path, ernie_gguf: Command) -> None:
     ernie_gguf("build", "--llama-cpp", source)
     done = ernie_gguf("build", "--clean")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from support.command_line import Command, snapshot
 from support.paddle import make_plain, make_two_bits, quantized
 from support.vl import make_vl
 
-from quantize.small import SMALL, Quantize
+from quantize.small import QUICK, SMALL, Quantize
 
 pytest.importorskip("torch", reason="torch is not installed (extra `quantize`)")
 
@@ -74,29 +75,51 @@ def with_value(folder: Path, name: str, index: int, value: float) -> Path:
 # --- what it makes
 
 
-def test_the_file_holds_what_convert_writes_but_for_better_experts(
-    quantize: Quantize, ernie_gguf: Command, small: Path, tmp_path: Path
-) -> None:
-    out, plain = tmp_path / "out.gguf", tmp_path / "plain.gguf"
-    assert quantize(small, out).code == 0
-    write_gguf(prepare(small, Outtype.CCQ2), plain, threads=1, overwrite=False, progress=lambda _: None)
-    mine, converted = tensors_of(out), tensors_of(plain)
-    metadata = read_gguf(out).metadata
+@pytest.fixture(scope="module")
+def plain(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `convert` makes of the small checkpoint."""
+    path = tmp_path_factory.mktemp("plain") / "out.gguf"
+    write_gguf(prepare(small, Outtype.CCQ2), path, threads=1, overwrite=False, progress=lambda _: None)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `quantize` makes of it."""
+    path = tmp_path_factory.mktemp("calibrated") / "out.gguf"
+    program = "from ernie_gguf.cli import main; main()"
+    options = ("quantize", small, "--calibration", text, "--outfile", path, *QUICK)
+    subprocess.run([sys.executable, "-c", program, *options], check=True, capture_output=True)
+    return path
+
+
+def test_only_the_experts_differ_from_what_convert_writes(plain: Path, calibrated: Path) -> None:
+    mine, converted = tensors_of(calibrated), tensors_of(plain)
+    assert list(mine) == list(converted)
+    assert {name for name in mine if mine[name] != converted[name]} == {n for n in mine if n.endswith(EXPERTS)}
+
+
+def test_the_metadata_adds_the_calibration(plain: Path, calibrated: Path) -> None:
+    metadata = read_gguf(calibrated).metadata
     assert metadata.pop("ernie_gguf.calibration.tokens") >= 256
     assert metadata.pop("ernie_gguf.calibration.maps") in range(1, 17)
     assert metadata == read_gguf(plain).metadata
-    assert list(mine) == list(converted)
-    for name, data in mine.items():
-        assert (data != converted[name]) == name.endswith(EXPERTS), name
-    file = read_gguf(out)
-    for tensor in file.tensors:
-        if tensor.name.endswith(EXPERTS):
-            rows = ccq2.unpack_rows(np.array(file.rows(tensor)), tensor.ne[0])
-            assert rows.scales.max() <= 15
-    verdict = ernie_gguf("verify", small, out, "--json")
+
+
+def test_group_scales_have_four_bits(calibrated: Path) -> None:
+    file = read_gguf(calibrated)
+    experts = [tensor for tensor in file.tensors if tensor.name.endswith(EXPERTS)]
+    assert max(ccq2.unpack_rows(np.array(file.rows(each)), each.ne[0]).scales.max() for each in experts) <= 15
+
+
+def test_verify_and_inspect_read_the_file(ernie_gguf: Command, small: Path, calibrated: Path) -> None:
+    verdict = ernie_gguf("verify", small, calibrated, "--json")
     assert (verdict.code, json.loads(verdict.out)["ok"]) == (0, True)
-    assert ernie_gguf("inspect", out).code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "plain.gguf"]
+    assert ernie_gguf("inspect", calibrated).code == 0
+
+
+def test_nothing_but_the_file_is_left(calibrated: Path) -> None:
+    assert list(calibrated.parent.iterdir()) == [calibrated]
 
 
 @pytest.mark.parametrize("threads", ["1", "3"])

@@ -12,6 +12,11 @@ class Done(NamedTuple):
     out: str
     err: str
 
+    @property
+    def rows(self) -> list[str]:
+        """The lines of stdout, with one space where a table has several."""
+        return [" ".join(line.split()) for line in self.out.splitlines()]
+
 
 Command = Callable[..., Done]  # the fixture ernie_gguf of conftest.py
 

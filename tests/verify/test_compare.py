@@ -17,8 +17,8 @@ from ernie_gguf.checkpoint.storage import COLUMNS, PER_MODALITY, ROWS, Source
 from ernie_gguf.convert import read_checkpoint
 from ernie_gguf.gguf_file.reader import GgufTensor, read_gguf
 from ernie_gguf.mapping import map_tensors
-from ernie_gguf.verify import compare as verify
 from ernie_gguf.verify import decode
+from ernie_gguf.verify.compare import verify
 from ernie_gguf.verify.finding import Verdict
 from support.checkpoints import EXAMPLE, Spec, make, store, write_checkpoint
 from support.models import convert
@@ -29,7 +29,7 @@ SMALL = replace(TWO_BITS, layers=3, experts=2, shards=1)  # layer 0 dense, 1 int
 
 def verdicts(source: Path, file: Path) -> dict[str, Verdict]:
     mapped = map_tensors(*read_checkpoint(source))
-    found = verify.verify(mapped.tensors, read_gguf(file), threads=2, progress=lambda _: None)
+    found = verify(mapped.tensors, read_gguf(file), threads=2, progress=lambda _: None)
     return {verdict.name: verdict for verdict in found}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .process import BuildError
 from .recipe import Job, digest, patch_dir
-from .search import compile_search
+from .search import up_to_date
 
 MANIFEST = "build.json"  # beside the library: how it was built
 
@@ -63,8 +63,8 @@ def install(job: Job, folder: Path) -> Path:
 
 
 def install_search(job: Job, folder: Path) -> None:
-    """Compile the encoders' search and put it into `folder`, in one step."""
-    built = compile_search(job.folder / "search")
+    """Put the encoders' search into `folder`, in one step; it is compiled if its sources have changed."""
+    built = up_to_date(job.folder / "search")
     target = folder / "search" / built.name
     target.parent.mkdir(exist_ok=True)
     fresh = target.with_suffix(".new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -25,13 +26,34 @@ def compile_search(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     library, encoder, log = folder / LIBRARY, folder / "encode.o", folder / "search.log"
-    plain = recipe.patch_dir() / "src" / "ggml" / "src" / "ggml-ccq-encode.cpp"
     compiler = str(tools.find("c++"))
+    plain = _ggml() / "ggml-ccq-encode.cpp"
     run([compiler, *FLAGS, "-ffp-contract=off", "-c", "-o", str(encoder), str(plain)], log, lambda _: None)
-    command = [compiler, *FLAGS, "-fno-math-errno", "-shared", "-o", str(library), *map(str, SEARCHES), str(encoder)]
+    command = [compiler, *FLAGS, "-fno-math-errno", f"-I{_ggml()}", "-shared", "-o", str(library)]
+    command += [*map(str, SEARCHES), str(encoder)]
     run(command, log, lambda _: None)
     encoder.unlink()
     log.unlink()
+    return library
+
+
+def _ggml() -> Path:
+    return recipe.patch_dir() / "src" / "ggml" / "src"
+
+
+def up_to_date(folder: Path) -> Path:
+    """The library in `folder`, which is compiled unless it was made of these sources in this way.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    sources = (*SEARCHES, *sorted(_ggml().glob("ggml-ccq-*")), Path(__file__))
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    library, stamp = folder / LIBRARY, folder / ".compiled"
+    if not (library.is_file() and stamp.is_file() and stamp.read_text() == wanted):
+        stamp.unlink(missing_ok=True)
+        compile_search(folder)
+        stamp.write_text(wanted)
     return library
 
 
