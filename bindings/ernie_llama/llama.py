@@ -140,10 +140,10 @@ class Llama:
             lora_path: a LoRA adapter in a GGUF file.
             lora_scale: strength of the adapter.
             chat_template: Jinja text to use instead of the file's template.
-            mmproj_path: the GGUF file of the model's vision tower, for messages with `image_url` parts.
-            image_max_tokens: tokens of an image at most, larger ones are scaled down; 0 for what that file says.
+            mmproj_path: the GGUF file of the model's vision encoder, for messages with `image_url` parts.
+            image_max_tokens: maximum number of tokens per image; larger images are scaled down. 0 for the file's limit.
             image_loader: returns the bytes of an image whose URL is not a data: URL; `load_local_image` reads local
-                files. Without it nothing is read.
+                files. Without a loader, such URLs are refused.
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
                 from those of a fresh start; False starts every call afresh.
@@ -404,10 +404,10 @@ class Llama:
         return dict(self.score_many([(tokens, n_scored)]))[0]
 
     def score_many(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
-        """As `score` for many texts, in the order that is quickest: yields the index of a text and its scores.
+        """As `score` for many texts, in the fastest order: yields the index of a text and its scores.
 
         What texts share at their beginning is evaluated once, and up to `n_seq_max` texts are evaluated in one batch.
-        A text's logits may differ in their last bits with its company.
+        Logits may differ in their last bits from those of `score`: other batch sizes use other kernels.
 
         Args:
             texts: tokens and `n_scored` of each.

@@ -45,7 +45,7 @@ class Chats:
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
-        """The compiled template; ValueError if there is none."""
+        """The compiled template; ValueError if the file has none."""
         model = self.engine.model
         source = self._chat_template or model.chat_template()
         if not source:

@@ -12,11 +12,11 @@ from urllib.parse import unquote, urlsplit
 ImageLoader = Callable[[str], bytes]
 
 
-def image_bytes(value: Any, loader: ImageLoader | None) -> bytes:  # noqa: ANN401 - whatever a program passes
-    """The file that the `image_url` of a message means: bytes, a data URL, or what `loader` makes of the rest.
+def image_bytes(value: Any, loader: ImageLoader | None) -> bytes:  # noqa: ANN401 - what a program passes
+    """The file behind the `image_url` of a message: bytes, a data URL, or what `loader` returns for other URLs.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or `loader` is None.
     """
     url = value.get("url") if isinstance(value, dict) else value
     if isinstance(url, bytes):

@@ -134,7 +134,7 @@ class Sequence:
         return self._context.logits_row(self.row)
 
     def replaced(self, ids: abc.Sequence[int]) -> None:
-        """Take note that the context holds `ids` now, and the logits of the last one."""
+        """Record that the context now holds `ids`, and the logits of the last one."""
         self.ids, self.position, self.row = list(ids), self._images.n_positions(ids), -1
 
     def restore(self, ids: list[int], state: bytes) -> None:

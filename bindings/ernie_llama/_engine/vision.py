@@ -23,7 +23,7 @@ from .model import Model
 class Image:
     """An image of a prompt: `tokens` embeddings, which take `positions` of the context's positions.
 
-    `digest` tells images apart: it is made of the file's bytes. `chunk` owns the preprocessed image.
+    `digest` is the SHA-256 of the file; `chunk` owns the preprocessed image.
     """
 
     digest: str
@@ -54,11 +54,11 @@ class VisionEncoder(Handle):
             path: the GGUF file.
             model: the text model.
             n_threads: threads; None for libmtmd's default.
-            image_max_tokens: tokens of an image at most; 0 for what the file says.
+            image_max_tokens: maximum number of tokens per image; 0 for the file's limit.
 
         Raises:
             OSError: there is no such file.
-            ValueError: it is no mmproj, or one of another model.
+            ValueError: it is not an mmproj, or belongs to another model.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -84,7 +84,7 @@ class VisionEncoder(Handle):
         """Tokens of a prompt in which `marker` stands for each of the images, files in memory.
 
         Raises:
-            ValueError: an image cannot be read, or there are more or fewer than markers.
+            ValueError: an image cannot be read, or the numbers of images and markers differ.
         """
         bitmaps: list[int] = []
         try:
@@ -139,7 +139,7 @@ class VisionEncoder(Handle):
         """The embeddings of an image, [tokens, n_embd]; valid until the next call.
 
         Raises:
-            RuntimeError: libmtmd fails, such as for want of memory.
+            RuntimeError: libmtmd fails, for example when memory is short.
         """
         LOG.forget()
         if self._library.mtmd_encode_chunk(self.pointer, image.chunk.pointer):
