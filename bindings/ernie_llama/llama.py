@@ -669,21 +669,25 @@ class Llama:
             ValueError: the template, the schema or the context refuses the request, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
-        results = self._chats.answer(
+        prompt = self._chats.prompt(
             messages,
             tools=tools,
             tool_choice=tool_choice,
             response_format=response_format,
             grammar=options.pop("grammar", None),
             variables=chat_template_kwargs,
-            sampling=self._sampling(options, temperature),
+        )
+        request = CompletionRequest.checked(
+            self._engine,
+            prompt.ids,
+            self._sampling(options, temperature),
             max_tokens=max_tokens,
             stop=stop,
             seeds=self._seeds,
             seed=seed,
             logprobs=(top_logprobs or 0) if logprobs else None,
-            model=model,
         )
+        results = self._chats.results(prompt, request, model if model is not None else self.model_path)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(

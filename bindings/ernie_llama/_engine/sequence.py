@@ -26,7 +26,7 @@ def longest_token_prefix(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
 
 
 class Sequence:
-    """Sequence 0 of a context, of which it is the only owner: all that is evaluated or forgotten goes through here.
+    """Sequence 0 of a context, the only one but for scoring. Whoever else evaluates calls `keep` or `replaced` then.
 
     Its methods use the context: callers hold a lease of it.
 
