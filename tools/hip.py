@@ -45,7 +45,7 @@ __device__ __half2 __shfl_up(__half2, unsigned, int = warpSize);
 __device__ __half2 __shfl_xor(__half2, int, int = warpSize);
 __device__ void __builtin_amdgcn_sched_group_barrier(int, int, int);
 enum { hipHostRegisterReadOnly = 8 };
-inline hipError_t hipStreamWaitEvent(hipStream_t stream, hipEvent_t event) { return hipStreamWaitEvent(stream, event, 0); }
+inline hipError_t hipStreamWaitEvent(hipStream_t s, hipEvent_t event) { return hipStreamWaitEvent(s, event, 0); }
 """
 
 
