@@ -94,13 +94,18 @@ wheel: $(VENV)/.extras-release ## build the wheel that holds llama.cpp for every
 
 RELEASE_ENGINE = $(BIN)/ernie-gguf build --folder $(BUILD_DIR)/release --jobs $(JOBS)
 
-archives: wheel ## pack programs and libraries as llama.cpp's releases are, in dist/; for CUDA too if nvcc is here
+archives: wheel ## pack programs and libraries as llama.cpp's releases are, in dist/; for CUDA and Vulkan too if nvcc and glslc are here
 	$(BIN)/python tools/build_archive.py cpu=$(BUILD_DIR)/wheel/ernie_llama/lib
 	@if command -v nvcc >/dev/null; then \
 	    $(RELEASE_ENGINE) --cuda --arch '$(CUDA_ARCHITECTURES)' -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON \
 	        -DGGML_CPU_ALL_VARIANTS=ON && \
 	    $(BIN)/python tools/build_archive.py cuda=$(BUILD_DIR)/release/cuda/bin; \
 	else echo 'no nvcc: no archive for CUDA'; fi
+	@if command -v $(if $(VULKAN_SDK),$(VULKAN_SDK)/bin/,)glslc >/dev/null; then \
+	    $(RELEASE_ENGINE) --vulkan --backend-only -- -DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON && \
+	    $(BIN)/python tools/build_archive.py \
+	        vulkan=$(BUILD_DIR)/wheel/ernie_llama/lib+$(BUILD_DIR)/release/vulkan/bin/libggml-vulkan.so; \
+	else echo 'no glslc: no archive for Vulkan'; fi
 
 release: ## from a clean tree: lint, tests, wheel, sdist, archives, checks; nothing is uploaded
 	@test -z "$$(git status --porcelain)" || { echo 'error: the tree has changes; commit them first' >&2; exit 1; }

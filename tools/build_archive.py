@@ -20,6 +20,7 @@ from pathlib import Path
 from ernie_gguf.llama_build.recipe import PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILDS = "cpu, cuda or vulkan, and its bin folder; after + a backend that its programs load, from another build"
 BACKENDS = {"cpu": "libggml-cpu", "cuda": "libggml-cuda", "vulkan": "libggml-vulkan"}
 
 
@@ -108,9 +109,11 @@ def pack(archive: Archive, out: Path, time: int) -> Path:
     return path
 
 
-def stripped(folder: Path, target: Path) -> Path:
-    """A copy of a build's folder without symbols that only debuggers read."""
+def stripped(folder: Path, target: Path, added: Path | None = None) -> Path:
+    """A copy of a build's folder, with a backend from another build, without symbols that only debuggers read."""
     shutil.copytree(folder, target, symlinks=True, ignore=lambda _, names: [n for n in names if n.startswith("test-")])
+    if added:
+        shutil.copy2(added, target)
     wanted = Archive(target, "cpu", "").members
     files = [str(path) for path in wanted if path.is_file() and not path.is_symlink()]
     subprocess.run(["strip", "--strip-unneeded", *files], check=True)
@@ -120,7 +123,7 @@ def stripped(folder: Path, target: Path) -> Path:
 def main() -> None:
     """Pack each build that is given as BACKEND=FOLDER."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("builds", nargs="+", metavar="BACKEND=BIN", help="cpu, cuda or vulkan, and its bin folder")
+    parser.add_argument("builds", nargs="+", metavar="BACKEND=BIN[+FILE]", help=BUILDS)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the archives")
     args = parser.parse_args()
     log = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -128,9 +131,10 @@ def main() -> None:
         backend, _, folder = build.partition("=")
         if backend not in BACKENDS:
             parser.error(f"{build}: expected {', '.join(BACKENDS)} and =BIN")
+        folder, _, added = folder.partition("+")
         try:
             with tempfile.TemporaryDirectory(prefix="ernie-gguf-") as work:
-                bare = stripped(Path(folder).absolute(), Path(work) / "bin")
+                bare = stripped(Path(folder).absolute(), Path(work) / "bin", Path(added) if added else None)
                 path = pack(Archive(bare, backend, version("ernie-gguf")), args.out, int(log.stdout))
         except ArchiveError as error:
             sys.exit(f"error: {error}")

@@ -372,3 +372,13 @@ def test_remove_counts_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "y").write_bytes(b"1234")
     assert steps.remove(tmp_path / "x") == 4
+
+
+@pytest.mark.parametrize("flavour", recipe.Flavour)
+def test_llama_cpp_takes_the_options(llama_tree: Path, tmp_path: Path, flavour: recipe.Flavour) -> None:
+    """Of every flavour, without the GPUs' own code, which needs their tools. The stand-in above takes any option."""
+    options = [each for each in recipe.FLAVOUR_OPTIONS[flavour] if each not in {"-DGGML_CUDA=ON", "-DGGML_VULKAN=ON"}]
+    options += [f"-DLLAMA_BUILD_{each}=OFF" for each in ("TOOLS", "TESTS", "UI")]
+    command = ["cmake", "-S", llama_tree, "-B", tmp_path / "build", *recipe.OPTIONS, *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

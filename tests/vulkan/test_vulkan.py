@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +19,25 @@ from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from reference.specimens import VL_TINY
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "convert"))
+
+from build_archive import Archive, pack, stripped
+
 pytestmark = pytest.mark.build
 
-ROOT = Path(__file__).parents[2]
-INTEGERS = {"GGML_VK_FORCE_INTEGER_DOT_PRODUCT": "1"}  # llvmpipe has them, though not in hardware
-FLOATS = {"GGML_VK_DISABLE_INTEGER_DOT_PRODUCT": "1"}
+# Which kernels a product takes: in integers, which llvmpipe has, though not in hardware, or in floats.
+KERNELS = {
+    "integers": {"GGML_VK_FORCE_INTEGER_DOT_PRODUCT": "1"},
+    "floats": {"GGML_VK_DISABLE_INTEGER_DOT_PRODUCT": "1"},
+}
+FLOATS = KERNELS["floats"]
 CPU = ("-dev", "none")
+TEXT = Path(__file__).with_name("source.txt")  # what the example model reads best, Python; it stays as it is
 # Where the matrices are computed: all on the device, or the experts on the CPU.
 DEVICE = ("-dev", "Vulkan0", "-ngl", "99")  # naming it loads the backend
 PLACES = {"device": DEVICE, "experts on the CPU": (*DEVICE, "--n-cpu-moe", "99")}
-# Vulkan has no broadcasts over dimension 3 and no permuted matrices for any quantized type, the CPU no f16 columns.
-NOT_SUPPORTED = re.compile(r"type_b=f16|nr=\[\d,2\]|per=\[0,(?!1,2,3\])")
+# For no quantized type has Vulkan broadcasts over dimension 3, permuted matrices, or experts whose sums must be in f32.
+NOT_ON_VULKAN = re.compile(r"nr=\[\d,2\]|per=\[0,(?!1,2,3\])|amax=1000000")
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,12 @@ class Programs:
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done
 
-    def cases(self, mode: Mapping[str, str], op: str, parameters: str = "ccq2") -> tuple[int, list[str]]:
-        """Run the cases of an op whose parameters match: how many passed, and those that are not supported."""
-        done = self.run(mode, "test-backend-ops", "test", "-b", "Vulkan0", "-o", op, "-p", parameters)
-        assert "FAIL" not in done.stdout
-        lines = done.stdout.splitlines()
-        refused = [line for line in lines if "not supported" in line]
-        return sum("OK" in line for line in lines if f" {op}(" in line), refused
+    def cases(self, action: str, mode: Mapping[str, str], *arguments: str) -> list[tuple[str, str, str]]:
+        """Let test-backend-ops do something with ccq2's cases: the op, the parameters and the outcome of each."""
+        done = self.run(mode, "test-backend-ops", action, "-b", "Vulkan0", *arguments)
+        plain = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
+        found = re.findall(r"^  ([A-Z_]+)\((.*)\): (.*\S) *$", plain, re.MULTILINE)
+        return [(op, parameters, outcome) for op, parameters, outcome in found if "ccq2" in parameters]
 
 
 @pytest.fixture
@@ -72,54 +81,50 @@ def programs(llama_bin: Path, tmp_path: Path) -> Programs:
     return Programs(Path(named), llama_bin, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("op", "least"), [("MUL_MAT", 76), ("MUL_MAT_ID", 62)])
-def test_products_are_those_of_the_cpu(programs: Programs, op: str, least: int) -> None:
-    passed, refused = programs.cases(FLOATS, op)
-    assert passed >= least
-    assert [line for line in refused if not NOT_SUPPORTED.search(line)] == []
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_has_no_kernel_is_refused(programs: Programs, kernels: str) -> None:
+    """Of every case of every op: nothing that would copy rows without their metadata, or decode a matrix whole."""
+    supported: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for op, parameters, outcome in programs.cases("support", KERNELS[kernels], "-p", "ccq2"):
+        {"SUPPORTED": supported, "NOT SUPPORTED": refused}[outcome].setdefault(op, []).append(parameters)
+    assert set(supported) == {"MUL_MAT", "MUL_MAT_ID", "GET_ROWS"}
+    assert {"CPY", "CONT", "DUP", "CONCAT", "SET_ROWS"} <= set(refused)
+    missing = [each for op in supported for each in refused.get(op, []) if not NOT_ON_VULKAN.search(each)]
+    assert missing == []
 
 
-# Few columns and many are two kernels, and two processes: in llvmpipe (Mesa 22.3.6) a process that runs both dies of a
-# damaged heap, with upstream's q4_0, q4_1 and q5_0 as well. A GPU runs all cases in one process.
+# That one process runs the kernels for few columns and for many, in integers, is part of the test: see the patch
+# "no stale buffers in the descriptor sets of llvmpipe".
 @pytest.mark.parametrize(
-    ("op", "parameters", "least"),
+    ("kernels", "op"),
     [
-        ("MUL_MAT", r"type_a=ccq2.*m=19,n=[1-8],", 12),
-        ("MUL_MAT", r"type_a=ccq2.*m=(19|200),n=(9|33|130),k=(512|1536|8192)", 7),
-        ("MUL_MAT_ID", r"type_a=ccq2.*m=(19|35),n=[1-8],", 15),
-        ("MUL_MAT_ID", r"type_a=ccq2.*m=(19|35),n=(9|33|40),", 8),
+        ("floats", "MUL_MAT"),
+        ("floats", "MUL_MAT_ID"),
+        ("floats", "GET_ROWS"),
+        ("integers", "MUL_MAT"),
+        ("integers", "MUL_MAT_ID"),
     ],
 )
-def test_products_in_integers_are_those_of_the_cpu(programs: Programs, op: str, parameters: str, least: int) -> None:
-    passed, _ = programs.cases(INTEGERS, op, parameters)
-    assert passed >= least
-
-
-def test_rows_are_read(programs: Programs) -> None:
-    passed, refused = programs.cases({}, "GET_ROWS")
-    assert passed > 15
-    assert refused == []
-
-
-@pytest.mark.parametrize("op", ["CPY", "CONT", "DUP", "CONCAT", "SET_ROWS"])
-def test_no_copy_loses_the_metadata_of_rows(programs: Programs, op: str) -> None:
-    programs.cases({}, op)  # none fails
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the example model reads best: Python."""
-    file = tmp_path_factory.mktemp("text") / "source.py"
-    file.write_text((ROOT / "convert" / "ernie_gguf" / "convert.py").read_text()[:3500])
-    return file
+def test_results_are_those_of_the_cpu(programs: Programs, kernels: str, op: str) -> None:
+    """Every supported case is computed, and a case that the CPU cannot compute is not counted."""
+    select = ("-o", op, "-p", "ccq2")
+    supported = [
+        each for _, each, outcome in programs.cases("support", KERNELS[kernels], *select) if outcome == "SUPPORTED"
+    ]
+    outcomes = dict(outcome[1:] for outcome in programs.cases("test", KERNELS[kernels], *select))
+    computed = [each for each in supported if "[CPU]" not in outcomes[each]]
+    assert computed
+    assert {each: outcomes[each] for each in computed if outcomes[each] != "OK"} == {}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_perplexity_is_that_of_the_cpu(programs: Programs, tiny_ccq2_gguf: Path, text: Path, place: str) -> None:
+def test_perplexity_is_that_of_the_cpu(programs: Programs, tiny_ccq2_gguf: Path, place: str) -> None:
     def perplexity(batch: int, *options: str) -> float:
-        chunks = {1: 1, 8: 3, 512: 6}[batch]
-        sizes = ["-c", "128", "-b", str(max(batch, 128)), "-ub", str(batch), "--chunks", str(chunks)]
-        done = programs.run(FLOATS, "llama-perplexity", "-m", tiny_ccq2_gguf, "-f", text, "-t", "2", *sizes, *options)
+        # few, for llvmpipe's sake; over six the CPU's own kernels for batches of 8 and of 512 differ by 0.8 percent
+        chunks = {1: 1, 8: 4, 512: 10}[batch]
+        sizes = ["-c", "128", "-b", "512", "-ub", str(batch), "--chunks", str(chunks)]
+        done = programs.run(FLOATS, "llama-perplexity", "-m", tiny_ccq2_gguf, "-f", TEXT, "-t", "2", *sizes, *options)
         found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
         assert found, done.stderr[-3000:]
         return float(found[1])
@@ -149,7 +154,35 @@ def test_pictures_are_read_the_same(programs: Programs, tmp_path: Path) -> None:
         fixed = ["-t", "2", "--temp", "0", "-n", "16", "--jinja"]
         return programs.run(FLOATS, "llama-mtmd-cli", *asked, *fixed, *options).stdout.strip()
 
-    for picture in sorted((VL_TINY / "pictures").glob("*.png"))[:4]:
+    for picture in sorted((VL_TINY / "pictures").glob("*.png"))[:2]:
         seen = answer(picture, *DEVICE)
         assert seen == answer(picture, *CPU, "--no-mmproj-offload")
         assert picture.stem.split("-")[1] in seen
+
+
+def test_the_unpacked_archive_runs(programs: Programs, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
+    """On the device; without a driver, and without the loader, on the CPU."""
+    build = stripped(programs.bin, tmp_path / "bin", programs.backend)
+    with tarfile.open(pack(Archive(build, "vulkan", "1.2.3"), tmp_path / "dist", 0)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / "ernie-gguf-1.2.3"
+    plain = {"HOME": os.environ["HOME"], "GGML_VK_VISIBLE_DEVICES": "0", **FLOATS}
+    no_driver = {"VK_ICD_FILENAMES": "/nowhere", "VK_DRIVER_FILES": "/nowhere"}
+
+    def output(environment: Mapping[str, str], *arguments: str | Path) -> str:
+        command = [folder / "llama-completion", *arguments]
+        done = subprocess.run(command, env={**plain, **environment}, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def written(environment: Mapping[str, str]) -> str:
+        fixed = ["-n", "8", "-c", "256", "-no-cnv", "--no-display-prompt", "--temp", "0", "-ngl", "99"]
+        return output(environment, "-m", tiny_ccq2_gguf, "-p", "import os\n", *fixed)
+
+    assert "Vulkan0" in output({}, "--list-devices")
+    on_device = written({})
+    assert "Vulkan0" not in output(no_driver, "--list-devices")
+    assert written(no_driver) == on_device
+    backend = folder / programs.backend.name
+    backend.write_bytes(backend.read_bytes().replace(b"libvulkan.so.1", b"libvulkan.no.1"))
+    assert "Vulkan0" not in output({}, "--list-devices")
+    assert written({}) == on_device

@@ -74,7 +74,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         cmake_args=tuple(cmake_args or ()),
         tests=folder is not None and not portable,
         backend_only=backend_only,
-        page=page,
+        page=page and not backend_only,
     )
     with steps() as report:
         if sources_only:
@@ -86,7 +86,7 @@ def build(  # noqa: PLR0917 - typer makes options of the parameters
         built = job.bin if folder else install(job, data)
         if not folder:
             install_search(job, data)
-    if why := page_state(job):
+    if not backend_only and (why := page_state(job)):
         sys.stderr.write(f"note: llama-server has no page for browsers: {why}\n")
     typer.echo(built)
 

@@ -38,20 +38,19 @@ class Flavour(str, Enum):
 
     CPU = "cpu"  # this machine's CPU
     CUDA = "cuda"  # this machine's CPU, and NVIDIA GPUs
-    VULKAN = "vulkan"  # this machine's CPU, and every GPU with Vulkan 1.2
+    VULKAN = "vulkan"  # every CPU of this machine's kind, and every GPU with Vulkan 1.2
     PORTABLE = "portable"  # every x86-64 CPU, for the wheel: its instruction sets are found when it starts
 
 
+# Backends are files that are loaded when a program starts, if their own libraries are there; of the CPU's, which such a
+# build has for every instruction set, the best one.
+LOADED = ("-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF")
 FLAVOUR_OPTIONS = {
     Flavour.CPU: (),
     Flavour.CUDA: ("-DGGML_CUDA=ON",),
-    Flavour.VULKAN: ("-DGGML_VULKAN=ON", "-DGGML_BACKEND_DL=ON"),  # so that it starts without a driver, too
-    Flavour.PORTABLE: (
-        "-DGGML_NATIVE=OFF",
-        "-DGGML_BACKEND_DL=ON",
-        "-DGGML_CPU_ALL_VARIANTS=ON",
-        "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",  # a wheel cannot hold the links that versions need
-    ),
+    Flavour.VULKAN: ("-DGGML_VULKAN=ON", *LOADED),
+    # a wheel cannot hold the links that versions need
+    Flavour.PORTABLE: (*LOADED, "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON"),
 }
 
 

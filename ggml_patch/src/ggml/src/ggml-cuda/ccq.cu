@@ -167,19 +167,32 @@ struct ccq2_x_group {
     uint32_t scales;  // of this group and its neighbour
 };
 
+// Codes are read once: they leave the caches first. HIP has no such load of 16 bytes.
+static __device__ __forceinline__ uint4 ccq2_load_codes(const uint4 * codes) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+    return *codes;
+#else
+    return __ldcs(codes);
+#endif  // defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+}
+
 static __device__ __forceinline__ ccq2_x_group ccq2_load_x(const char * row, const int groups, const int g) {
     const char * codes = row + sizeof(ccq_row_header);
-    return { __ldcs((const uint4 *) codes + g), ((const uint8_t *) codes)[groups * (CCQ_GROUP / 4) + g / 2] };
+    return { ccq2_load_codes((const uint4 *) codes + g), ((const uint8_t *) codes)[groups * (CCQ_GROUP / 4) + g / 2] };
 }
 
 static constexpr int CCQ2_MMV_THREADS = 512;
+
+// Blocks per multiprocessor: 64 registers for a thread unless that spills.
+static constexpr __host__ __device__ int ccq2_mmv_blocks(const int ncols) {
+    return ncols > 2 ? 1 : 2;
+}
 
 // `lanes` work on a row
 template <int ncols, bool has_gate, int lanes> struct ccq2_mmv_shape {
     static constexpr int matrices = has_gate ? 2 : 1;
     static constexpr int rows = ncols == 1 && !has_gate ? 2 : 1;  // that a lane works on at once: they share its activations
     static constexpr int warp_rows = rows * WARP_SIZE / lanes;
-    static constexpr int blocks    = ncols > 2 ? 1 : 2;  // per multiprocessor: 64 registers for a thread unless that spills
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= GGML_CUDA_CC_BLACKWELL
     static constexpr int flight =
         has_gate && lanes < WARP_SIZE ? 1 : 2;  // groups of a row that a lane loads at once: more spill
@@ -189,8 +202,7 @@ template <int ncols, bool has_gate, int lanes> struct ccq2_mmv_shape {
 };
 
 template <int ncols, bool has_gate, int lanes>
-static __global__ void __launch_bounds__(CCQ2_MMV_THREADS, ccq2_mmv_shape<ncols, has_gate, lanes>::blocks) ccq2_mul_mat_vec(
-    const ccq2_mmv_args a) {
+static __global__ void __launch_bounds__(CCQ2_MMV_THREADS, ccq2_mmv_blocks(ncols)) ccq2_mul_mat_vec(const ccq2_mmv_args a) {
     using shape                     = ccq2_mmv_shape<ncols, has_gate, lanes>;
     constexpr int          rows     = shape::rows;
     constexpr int          matrices = shape::matrices;
