@@ -68,7 +68,7 @@ def ffmpeg(*arguments: str | Path) -> None:
 
 def encoded(path: Path, frames: Frames, rate: str = "2", *options: str) -> bytes:
     """A file of these frames without loss; the container is that of the name's ending."""
-    count, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", rate, "-i", "-", "-c:v", "png", *options, str(path)]
     subprocess.run(command, input=frames.tobytes(), check=True, timeout=60)
