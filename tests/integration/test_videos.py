@@ -306,6 +306,21 @@ def test_bad_files(llm: Llama, tmp_path: Path) -> None:
             videos.of_file(eyes_of(llm), data)
 
 
+@needs_ffmpeg
+def test_damaged_files(llm: Llama, tmp_path: Path) -> None:
+    """ffmpeg decodes what it can, and complains at length: nothing waits for it."""
+    videos.ffmpeg("-f", "lavfi", "-i", "testsrc=size=320x240:rate=10:duration=20", "-c:v", "mpeg4", tmp_path / "a.mkv")
+    whole, rng = (tmp_path / "a.mkv").read_bytes(), random.Random(0)
+    for _ in range(3):
+        damaged = bytearray(whole)
+        for _ in range(len(whole) // 50):
+            damaged[rng.randrange(2000, len(whole))] = rng.randrange(256)
+        try:
+            assert videos.of_file(eyes_of(llm), bytes(damaged)).tokens
+        except ValueError as error:
+            assert "could be decoded" in str(error) or str(error).startswith("the video")
+
+
 def test_without_ffmpeg(llm: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="for a video ffmpeg and ffprobe must be installed: cannot run ffprobe"):
