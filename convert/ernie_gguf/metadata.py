@@ -108,7 +108,7 @@ def _write_vision(writer: GGUFWriter, config: ErnieConfig, tokens: VisionTokens)
 
 
 def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Preprocessor, plan: Plan) -> None:
-    """Add every key of the mmproj, as llama.cpp's `clip.cpp` reads them."""
+    """Add every key of the mmproj, as llama.cpp's `clip.cpp` reads them; without those of video it takes ERNIE's."""
     if (vision := config.vision) is None:
         raise ValueError(f"{name} has no eyes")
     writer.add_type(GGUFType.MMPROJ)
@@ -132,6 +132,13 @@ def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Pr
     writer.add_vision_max_pixels(eyes.max_pixels)
     writer.add_vision_image_mean(list(eyes.mean))
     writer.add_vision_image_std(list(eyes.std))
+    if (video := eyes.video) is not None:
+        writer.add_uint32("clip.vision.video_min_pixels", video.min_pixels)
+        writer.add_uint32("clip.vision.video_max_pixels", video.max_pixels)
+        writer.add_uint32("clip.vision.video_min_frames", video.min_frames)
+        writer.add_uint32("clip.vision.video_max_frames", video.max_frames)
+        writer.add_float32("clip.vision.video_fps", video.fps)
+        writer.add_bool("clip.vision.video_draw_time", video.draw_time)
 
 
 def write_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
