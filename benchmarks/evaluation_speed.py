@@ -38,7 +38,6 @@ from common import (
 from ernie_gguf.checkpoint.config import read_config
 from ernie_gguf.checkpoint.vocab import read_vocab
 from ernie_llama import Llama
-from ernie_llama.llama_cache import longest_token_prefix
 from released import SHAPES, TOKENIZER
 from rich.table import Table
 from synthetic import TYPES, Mix, write_model
@@ -93,7 +92,7 @@ def choices(llm: Llama, asked: Sequence[tuple[str, int, list[str]]]) -> list[Tex
     result = []
     for question, _, endings in asked:
         texts = [llm.tokenize(f"{question} {ending}".encode(), special=True) for ending in endings]
-        shared = min(longest_token_prefix(texts[0], text) for text in texts[1:])
+        shared = min(Llama.longest_token_prefix(texts[0], text) for text in texts[1:])
         result += [(text, len(text) - shared) for text in texts]
     return result
 

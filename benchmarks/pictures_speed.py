@@ -40,7 +40,9 @@ from ernie_gguf.checkpoint.config import ErnieConfig, parse_config
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.expected import Expected, model_tensors, projector_tensors
 from ernie_gguf.gguf_file.outtype import Outtype
-from ernie_llama import Llama, _library, _mtmd
+from ernie_llama import Llama
+from ernie_llama._engine.vision import Image, VisionEncoder
+from ernie_llama._lib import library, mtmd
 from gguf import GGUFWriter
 from rich.table import Column, Table
 from safetensors.numpy import save_file
@@ -175,17 +177,17 @@ def make_qwen2vl(path: Path, blocks: int) -> Path:
 BF16: Any = 30
 
 
-def encoding(eyes: _mtmd.Eyes, side: int) -> tuple[Callable[[], object], _mtmd.Picture]:
+def encoding(encoder: VisionEncoder, side: int) -> tuple[Callable[[], object], Image]:
     """The call that runs the tower on a square picture of noise, and the picture."""
     pixels = np.random.default_rng(2).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    library = _mtmd.load()
-    bitmap = library.mtmd_bitmap_init(side, side, pixels.tobytes())
+    libmtmd = mtmd.load()
+    bitmap = libmtmd.mtmd_bitmap_init(side, side, pixels.tobytes())
     try:
-        parts = eyes._tokenize(eyes.marker, [bitmap], False, ["0" * 64])
+        parts = encoder._tokenize(encoder.marker, [bitmap], False, ["0" * 64])
     finally:
-        library.mtmd_bitmap_free(bitmap)
+        libmtmd.mtmd_bitmap_free(bitmap)
     (picture,) = (part for part in parts if not isinstance(part, int))
-    return lambda: eyes.encode(picture), picture
+    return lambda: encoder.encode(picture), picture
 
 
 def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -218,7 +220,7 @@ def work_memory(calls: Iterable[Callable[[], object]], gpu: bool) -> list[int]:
 
 def finish(llm: Llama) -> None:
     """Wait for the GPU."""
-    _library.load().llama_synchronize(llm.ctx)
+    library.load().llama_synchronize(llm.ctx)
 
 
 def text_calls(llm: Llama) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -306,7 +308,7 @@ def measure(files: Files, options: argparse.Namespace) -> dict[str, list[list[An
     out: dict[str, list[list[Any]]] = {}
     with Llama(files.vl, mmproj_path=files.eyes, **common) as seeing, Llama(files.text, **common) as reading:
         if "pictures" in options.steps:
-            peer = _mtmd.Eyes(files.qwen, reading._model, threads=options.threads, gpu=gpu)
+            peer = VisionEncoder(files.qwen, reading._model, options.threads)
             out["pictures"] = picture_rows(seeing, peer, options)
         seeing.reset()
         if "text" in options.steps:
@@ -318,15 +320,15 @@ def measure(files: Files, options: argparse.Namespace) -> dict[str, list[list[An
     return out
 
 
-def picture_rows(seeing: Llama, peer: _mtmd.Eyes, options: argparse.Namespace) -> list[list[Any]]:
+def picture_rows(seeing: Llama, peer: VisionEncoder, options: argparse.Namespace) -> list[list[Any]]:
     """The figures of square pictures of each side."""
-    own, gpu, sides = seeing._engine.pictures.eyes, options.device == "cuda", sorted(options.sides)
+    own, gpu, sides = seeing._engine.images.encoder, options.device == "cuda", sorted(options.sides)
     if own is None:
         raise ValueError("the mmproj was not loaded")
     pictures = [encoding(own, side) for side in sides]
     others = [encoding(peer, side)[0] for side in sides]
 
-    def model(picture: _mtmd.Picture) -> Callable[[], object]:
+    def model(picture: Image) -> Callable[[], object]:
         def call() -> None:
             seeing.reset()
             own.decode(picture, seeing.ctx, 0, seeing.n_batch)

@@ -11,19 +11,19 @@ of llama.h that these bindings declare are attributes of this package too, as in
 from typing import Any
 
 from . import llama_cache, llama_chat_format, llama_cpp, llama_speculative, llama_tokenizer, llama_types
-from ._dry_run import DeviceMemory, DryRun, device_memory, dry_run
-from ._info import Info, info
-from ._library import LibraryNotFoundError, data_folder, has_nvidia_device, library_path
-from ._model import check_gguf
-from ._pictures import load_local_image
-from ._processors import (
+from ._chat.image_url import load_local_image
+from ._engine.dry_run import DeviceMemory, DryRun, device_memory, dry_run
+from ._engine.model import check_gguf
+from ._engine.processors import (
     LogitsProcessor,
     LogitsProcessorList,
     MinTokensLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from ._state import LlamaState
+from ._engine.state import LlamaState
+from ._lib.info import Info, info
+from ._lib.library import LibraryNotFoundError, data_folder, has_nvidia_device, library_path
 from .llama import Llama
 from .llama_cache import BaseLlamaCache, LlamaCache, LlamaDiskCache, LlamaRAMCache
 from .llama_grammar import LlamaGrammar

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
-import random
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from . import _compat, _library, _messages, _options, _rpc, _structs
-from ._chat import ChatResults
-from ._chat_grammar import AnswerGrammar
-from ._compat import CompletionOptions, LlamaOptions
-from ._completion import Completion, Results, log_softmax
-from ._context import Context
-from ._engine import Engine
-from ._log import LOG
-from ._model import Model
-from ._output import END_THINK, MARKERS
-from ._pictures import ImageLoader
-from ._sampling import Sampling, SamplingOptions
-from ._state import LlamaState
-from ._template import ChatTemplate
-from .llama_cache import longest_token_prefix
+from . import _rare_options
+from ._chat.chats import Chats
+from ._chat.completion import Completion, CompletionRequest
+from ._chat.completion_results import CompletionResults
+from ._chat.image_url import ImageLoader
+from ._chat.logprobs import log_softmax
+from ._engine import checks, params, scoring
+from ._engine.context import Context
+from ._engine.embedding import embed, embedding_tokens
+from ._engine.engine import Engine
+from ._engine.generation import generate
+from ._engine.model import Model
+from ._engine.rpc import add_rpc_servers
+from ._engine.sampling import Sampling, SamplingOptions
+from ._engine.seeds import Seeds
+from ._engine.sequence import longest_token_prefix
+from ._engine.state import LlamaState
+from ._engine.vision import VisionEncoder
+from ._lib import structs
+from ._lib.library import load as load_library
+from ._lib.log import LOG
+from ._rare_options import CompletionOptions, LlamaOptions
+from .llama_cache import BaseLlamaCache
+from .llama_speculative import LlamaDraftModel
 from .llama_tokenizer import LlamaTokenizer
 from .llama_types import (
     ChatCompletionRequestMessage,
@@ -45,11 +50,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from typing_extensions import Self, Unpack  # in the standard library from Python 3.11 on
-
-    from ._mtmd import Eyes
-    from ._scoring import Request
-    from .llama_cache import BaseLlamaCache
-    from .llama_speculative import LlamaDraftModel
 
 
 class Llama:
@@ -71,7 +71,7 @@ class Llama:
         model_path: str | os.PathLike[str],
         *,
         n_gpu_layers: int = 0,
-        split_mode: int | str = _structs.LLAMA_SPLIT_MODE_LAYER,
+        split_mode: int | str = structs.LLAMA_SPLIT_MODE_LAYER,
         main_gpu: int = 0,
         tensor_split: Sequence[float] | None = None,
         n_cpu_moe: int = 0,
@@ -79,7 +79,7 @@ class Llama:
         rpc_servers: str | Sequence[str] = "",
         use_mmap: bool = True,
         use_mlock: bool = False,
-        seed: int = _structs.LLAMA_DEFAULT_SEED,
+        seed: int = structs.LLAMA_DEFAULT_SEED,
         n_ctx: int = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
@@ -92,7 +92,7 @@ class Llama:
         offload_kqv: bool = True,
         logits_all: bool = False,
         embedding: bool = False,
-        pooling_type: int = _structs.LLAMA_POOLING_TYPE_UNSPECIFIED,
+        pooling_type: int = structs.LLAMA_POOLING_TYPE_UNSPECIFIED,
         last_n_tokens_size: int = 64,
         lora_path: str | os.PathLike[str] | None = None,
         lora_scale: float = 1.0,
@@ -141,8 +141,8 @@ class Llama:
             lora_scale: strength of the adapter.
             chat_template: Jinja text to use instead of the file's template.
             mmproj_path: the GGUF file of the model's vision tower, for messages with `image_url` parts.
-            image_max_tokens: tokens of a picture at most, larger ones are scaled down; 0 for what that file says.
-            image_loader: returns the bytes of a picture whose URL is not a data: URL; `load_local_image` reads local
+            image_max_tokens: tokens of an image at most, larger ones are scaled down; 0 for what that file says.
+            image_loader: returns the bytes of an image whose URL is not a data: URL; `load_local_image` reads local
                 files. Without it nothing is read.
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
@@ -157,9 +157,9 @@ class Llama:
                 out of range or cannot be obeyed.
             TypeError: an option is unknown or has the wrong type.
         """
-        rare = _compat.accepted("Llama", options, _compat.LLAMA, LlamaOptions.__annotations__)
-        _compat.warn_of_chat_format(rare.get("chat_format"))
-        context_fields = _options.context_fields(
+        rare = _rare_options.accepted("Llama", options, _rare_options.LLAMA, LlamaOptions.__annotations__)
+        _rare_options.warn_of_chat_format(rare.get("chat_format"))
+        context_fields = params.context_fields(
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,
@@ -173,16 +173,15 @@ class Llama:
             embedding=embedding,
             pooling_type=pooling_type,
         )
-        self.last_n_tokens_size = _options.integer("last_n_tokens_size", last_n_tokens_size, 0)
+        self.last_n_tokens_size = checks.integer("last_n_tokens_size", last_n_tokens_size, 0)
         self.model_path = os.fspath(model_path)
         self.verbose = LOG.verbose = verbose
-        self._seed_lock = threading.Lock()
-        self.set_seed(seed)
-        library = _library.load()
-        _options.init_numa(library, rare.get("numa") or False)
+        self._seeds = Seeds(seed)
+        library = load_library()
+        params.init_numa(library, rare.get("numa") or False)
         if rpc_servers:
-            _rpc.add_rpc_servers(library, rpc_servers)
-        model_fields = _options.model_fields(
+            add_rpc_servers(library, rpc_servers)
+        model_fields = params.model_fields(
             library,
             n_gpu_layers=n_gpu_layers,
             split_mode=split_mode,
@@ -194,37 +193,27 @@ class Llama:
             use_mlock=use_mlock,
             kv_overrides=rare.get("kv_overrides"),
         )
-        self._image_max_tokens = _options.integer("image_max_tokens", image_max_tokens, 0)
-        self._image_loader = image_loader
+        image_max_tokens = checks.integer("image_max_tokens", image_max_tokens, 0)
         self._model = Model(library, self.model_path, model_fields, rare.get("kv_overrides"))
         self.metadata = self._model.metadata()
-        context_fields |= _compat.context_fields(rare, self.metadata, context_fields["n_batch"])
+        context_fields |= _rare_options.context_fields(rare, self.metadata, context_fields["n_batch"])
         if n_seq_max > 1 and self._model.is_recurrent():
             raise ValueError(f"n_seq_max is {n_seq_max}, expected 1: texts cannot share the state of a recurrent model")
         self._ctx = Context(library, self._model, context_fields)
         if lora_path is not None:
             self._ctx.set_lora(self._model.load_lora(os.fspath(lora_path)), lora_scale)
+        mmproj = mmproj_path or _rare_options.mmproj_of(rare.get("chat_handler"))
         self._engine = Engine(
             library,
             self._model,
             self._ctx,
-            logits_all=_options.flag("logits_all", logits_all),
-            cache_prompt=_options.flag("cache_prompt", cache_prompt) and not embedding,
+            logits_all=checks.flag("logits_all", logits_all),
+            cache_prompt=checks.flag("cache_prompt", cache_prompt) and not embedding,
             draft_model=draft_model,
-            eyes=self._open_eyes(mmproj_path or _compat.mmproj_of(rare.get("chat_handler")), n_threads),
+            encoder=None if mmproj is None else VisionEncoder(mmproj, self._model, n_threads, image_max_tokens),
         )
+        self._chats = Chats(self._engine, self.model_path, chat_template, image_loader)
         self.n_batch = self._ctx.n_batch
-        self._n_vocab = self._model.n_vocab()
-        self._embedding = embedding
-        self._chat_template = chat_template
-
-    def _open_eyes(self, path: str | os.PathLike[str] | None, threads: int | None) -> Eyes | None:
-        if path is None:
-            return None
-        from ._mtmd import Eyes
-
-        gpu = self._model.params.n_gpu_layers != 0
-        return Eyes(Path(path), self._model, threads=threads or 0, gpu=gpu, most_tokens=self._image_max_tokens)
 
     def close(self) -> None:
         """Free the model and the context. A second call does nothing; any other later use raises RuntimeError.
@@ -309,12 +298,12 @@ class Llama:
         return self._ctx.pointer
 
     @property
-    def model_params(self) -> _structs.llama_model_params:
+    def model_params(self) -> structs.llama_model_params:
         """The parameters that the model was loaded with."""
         return self._model.params
 
     @property
-    def context_params(self) -> _structs.llama_context_params:
+    def context_params(self) -> structs.llama_context_params:
         """The parameters that the context was made with."""
         return self._ctx.params
 
@@ -322,38 +311,29 @@ class Llama:
 
     def set_seed(self, seed: int) -> None:
         """Set the seed of the next draw, from which the seeds of later draws derive; -1 for a random one."""
-        seed = _options.integer("seed", seed) & 0xFFFFFFFF
-        self._seed = random.getrandbits(32) if seed == _structs.LLAMA_DEFAULT_SEED else seed
-
-    def _next_seed(self, seed: int | None = None) -> int:
-        with self._seed_lock:
-            if seed is not None:
-                self.set_seed(seed)
-            seed = self._seed
-            self._seed = random.Random(seed).getrandbits(32)
-            return seed
+        self._seeds.set(seed)
 
     @property
     def n_tokens(self) -> int:
         """Number of evaluated tokens, which are in the KV cache."""
-        return len(self._engine.tokens)
+        return len(self._engine.sequence)
 
     @property
     def eval_tokens(self) -> list[int]:
         """The evaluated tokens."""
-        return list(self._engine.tokens)
+        return list(self._engine.sequence.ids)
 
     def reset(self) -> None:
         """Forget all evaluated tokens."""
         with self._engine.lock.one_step():
-            self._engine.keep(0)
+            self._engine.sequence.keep(0)
 
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:
         """The evaluated tokens as an array, [n_tokens]."""
         import numpy as np  # see Context.logits
 
-        return np.array(self._engine.tokens, np.intc)
+        return np.array(self._engine.sequence.ids, np.intc)
 
     @property
     def eval_logits(self) -> list[list[float]]:
@@ -385,7 +365,7 @@ class Llama:
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
         with self._engine.lock.one_step():
-            self._engine.eval([_options.integer("a token", token) for token in tokens])
+            self._engine.eval([checks.integer("a token", token) for token in tokens])
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -394,12 +374,7 @@ class Llama:
         Raises:
             ValueError: the Llama was made without `logits_all=True`.
         """
-        import numpy as np  # see Context.logits
-
-        if not self._engine.logits_all:
-            raise ValueError("scores are kept only by Llama(..., logits_all=True); `logits` holds the last token's")
-        scores = self._engine.scores()
-        return np.empty((0, self._n_vocab), np.float32) if scores is None else scores
+        return self._engine.scores(len(self._engine.sequence))
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
@@ -409,9 +384,7 @@ class Llama:
             RuntimeError: nothing has been evaluated yet.
         """
         with self._engine.lock.between_steps():
-            if not self._engine.has_logits():
-                raise RuntimeError("there are no logits before eval()")
-            return self._engine.last_logits()
+            return self._engine.sequence.logits()
 
     def score(self, tokens: Sequence[int], n_scored: int) -> list[tuple[float, bool]]:
         """Log probabilities of the last `n_scored` tokens after those before them, as evaluations of models need them.
@@ -442,23 +415,14 @@ class Llama:
         Raises:
             ValueError: as `score`, before anything is evaluated.
         """
-        self._engine.check_tokens([token for tokens, _ in texts for token in tokens])
-        requests = [self._request(index, tokens, n_scored) for index, (tokens, n_scored) in enumerate(texts)]
-        return self._engine.score(requests)
-
-    def _request(self, index: int, tokens: Sequence[int], n_scored: int) -> Request:
-        from ._scoring import Request  # imports numpy, see Context.logits
-
-        if not 1 <= _options.integer("n_scored", n_scored) < len(tokens):
-            raise ValueError(f"n_scored is {n_scored}, expected 1 to {len(tokens) - 1}: one token less than there are")
-        if len(tokens) - 1 > self.n_ctx():
-            raise ValueError(f"Requested tokens ({len(tokens) - 1}) exceed context window of {self.n_ctx()}")
-        return Request(index, list(tokens[:-1]), list(tokens[-n_scored:]))
+        self._engine.check_ids([token for tokens, _ in texts for token in tokens], images=False)
+        requests = [scoring.Request.checked(self._engine, i, tokens, n) for i, (tokens, n) in enumerate(texts)]
+        return scoring.score(self._engine, requests)
 
     def save_state(self) -> LlamaState:
         """The state to return to with `load_state`; about as large as the used part of the KV cache."""
         with self._engine.lock.between_steps():
-            return self._engine.state(self._seed)
+            return self._engine.state(self._seeds.following)
 
     def load_state(self, state: LlamaState) -> None:
         """Return to a state of this Llama, or of another one with the same file and options.
@@ -468,7 +432,7 @@ class Llama:
         """
         with self._engine.lock.one_step():
             self._engine.set_state(state)
-            self._seed = state.seed
+            self._seeds.following = state.seed
 
     def sample(self, *, temp: float = 0.8, **options: Unpack[CompletionOptions]) -> int:
         """Choose the token that follows the last evaluated one, without evaluating it; greedy if `temp <= 0`.
@@ -477,14 +441,16 @@ class Llama:
             RuntimeError: nothing has been evaluated yet.
         """
         with self._engine.lock.one_step():
-            sampler = self._engine.sampler(self._sampling(options, temp), self._next_seed())
+            sampler = self._engine.sampler(self._sampling(options, temp), self._seeds.next())
             try:
-                return self._engine.sample(sampler)
+                return self._engine.sample(sampler, self._engine.sequence.ids)
             finally:
                 sampler.close()
 
     def _sampling(self, options: CompletionOptions, temp: float) -> Sampling:
-        given = _compat.accepted("this method of Llama", options, _compat.COMPLETION, SamplingOptions.__annotations__)
+        given = _rare_options.accepted(
+            "this method of Llama", options, _rare_options.COMPLETION, SamplingOptions.__annotations__
+        )
         return Sampling.from_options(given, temp=temp, penalty_last_n=min(self.last_n_tokens_size, self.n_ctx()))
 
     def generate(
@@ -503,7 +469,7 @@ class Llama:
         Raises:
             ValueError: there is nothing to continue from, or the context is full.
         """
-        return self._engine.generate(tokens, self._sampling(options, temp), self._next_seed(), reset)
+        return generate(self._engine, tokens, self._sampling(options, temp), self._seeds.next(), reset)
 
     # --- completions
 
@@ -577,15 +543,22 @@ class Llama:
         if isinstance(prompt, str):
             tokens = self.tokenize(prompt.encode(), special=True)
         else:
-            tokens = [_options.integer("a token", token) for token in prompt]
-            self._engine.check_tokens(tokens)
+            tokens = [checks.integer("a token", token) for token in prompt]
+            self._engine.check_ids(tokens)
         text = prompt if isinstance(prompt, str) else self._prompt_text(tokens)
-        if echo and logprobs is not None and not self._engine.logits_all:
-            raise ValueError("echo with logprobs needs the logits of the prompt: Llama(..., logits_all=True)")
-        sampling = self._sampling(options, temperature)
-        completion = self._completion(tokens, sampling, max_tokens, stop, seed, logprobs)
-        completion.echo = echo
-        results = Results(completion, model if model is not None else self.model_path, text)
+        request = CompletionRequest.checked(
+            self._engine,
+            tokens,
+            self._sampling(options, temperature),
+            max_tokens=max_tokens,
+            stop=stop,
+            seeds=self._seeds,
+            seed=seed,
+            logprobs=logprobs,
+            echo=echo,
+        )
+        name = model if model is not None else self.model_path
+        results = CompletionResults(Completion(self._engine, request), name, text)
         return results.chunks() if stream else results.response()
 
     __call__ = create_completion
@@ -595,47 +568,7 @@ class Llama:
         begin = 1 if tokens[:1] == [self.token_bos()] else 0
         return self.detokenize(tokens[begin:], special=True).decode(errors="replace")
 
-    def _completion(  # noqa: PLR0917 - two callers, both by position
-        self,
-        tokens: list[int],
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop: str | Sequence[str] | None,
-        seed: int | None,
-        logprobs: int | None,
-    ) -> Completion:
-        room = self.n_ctx() - len(tokens)
-        if room <= 0:
-            raise ValueError(f"Requested tokens ({len(tokens)}) exceed context window of {self.n_ctx()}")
-        if logprobs is not None:
-            logprobs = _options.integer("logprobs", logprobs, 0)
-        if max_tokens is not None:
-            max_tokens = _options.integer("max_tokens", max_tokens)
-        stops = [stop] if isinstance(stop, str) else stop or ()
-        if not isinstance(stops, Sequence) or not all(isinstance(each, str) for each in stops):
-            raise TypeError(f"stop is {stop!r}, expected a string or a list of strings")
-        return Completion(
-            engine=self._engine,
-            prompt=tokens,
-            sampling=sampling,
-            seed=self._next_seed(seed),
-            limit=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
-            stop=stops,
-            logprobs=logprobs,
-        )
-
     # --- chats
-
-    @functools.cached_property
-    def _template(self) -> ChatTemplate:
-        source = self._chat_template or self._model.chat_template()
-        if not source:
-            raise ValueError(
-                f"{self.model_path} has no chat template: pass Llama(..., chat_template=...), or convert the "
-                "checkpoint again with its tokenizer_config.json or chat_template.jinja"
-            )
-        bos, eos = self.token_bos(), self.token_eos()
-        return ChatTemplate(source, bos_token=self._model.token_text(bos), eos_token=self._model.token_text(eos))
 
     def apply_chat_template(
         self,
@@ -649,7 +582,7 @@ class Llama:
         Raises:
             ValueError: there is no template, or it refuses the messages.
         """
-        return self._template.render(
+        return self._chats.template.render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs
         )
 
@@ -736,25 +669,21 @@ class Llama:
             ValueError: the template, the schema or the context refuses the request, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
-        visible_tools = None if tool_choice == "none" else tools
-        found: list[bytes] = []
-        seen = self._without_pictures(messages, found)
-        prompt = self._template.prompt(seen, tools=visible_tools, variables=chat_template_kwargs)
-        answer = AnswerGrammar.of(tools, tool_choice, response_format, options.pop("grammar", None))
-        thinks = answer.thinks(prompt.thinks, self._template.source)
-        completion = self._completion(
-            self._chat_tokens(prompt.text, found),
-            self._sampling(options, temperature),
-            max_tokens,
-            stop,
-            seed,
-            (top_logprobs or 0) if logprobs else None,
+        results = self._chats.answer(
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            response_format=response_format,
+            grammar=options.pop("grammar", None),
+            variables=chat_template_kwargs,
+            sampling=self._sampling(options, temperature),
+            max_tokens=max_tokens,
+            stop=stop,
+            seeds=self._seeds,
+            seed=seed,
+            logprobs=(top_logprobs or 0) if logprobs else None,
+            model=model,
         )
-        closing = self.tokenize(f"{END_THINK}\n\n".encode(), add_bos=False, special=True)
-        completion.sampling = answer.sampling(completion.sampling, thinks, closing, completion.limit)
-        completion.visible = self._markers
-        name = model if model is not None else self.model_path
-        results = ChatResults(completion, name, thinking=thinks, begun=prompt.answer)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(
@@ -778,28 +707,6 @@ class Llama:
             "convert`, then Llama(FILE)"
         )
 
-    def _without_pictures(
-        self, messages: Sequence[ChatCompletionRequestMessage], found: list[bytes]
-    ) -> Sequence[ChatCompletionRequestMessage]:
-        """The messages with a marker for each picture, whose files are added to `found`."""
-        if (eyes := self._engine.pictures.eyes) is None:
-            return messages
-        return [_messages.without_pictures(each, eyes.marker, self._image_loader, found) for each in messages]
-
-    def _chat_tokens(self, prompt: str, pictures: Sequence[bytes]) -> list[int]:
-        """Tokens of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
-        bos = self._model.token_text(self.token_bos())
-        if pictures and (eyes := self._engine.pictures.eyes) is not None:
-            add_special = not (bos and prompt.startswith(bos))
-            return self._engine.pictures.ids(eyes.tokenize(prompt, pictures, add_special=add_special))
-        return self.tokenize(prompt.encode(), add_bos=not (bos and prompt.startswith(bos)), special=True)
-
-    @functools.cached_property
-    def _markers(self) -> frozenset[int]:
-        """The tokens of ERNIE's markers: they may be control tokens, which have no text unless asked for."""
-        spelled = [self.tokenize(marker.encode(), add_bos=False, special=True) for marker in MARKERS]
-        return frozenset(tokens[0] for tokens in spelled if len(tokens) == 1)
-
     # --- embeddings
 
     # A list of Any because llama-cpp-python's shapes depend on the input and on the pooling.
@@ -822,8 +729,8 @@ class Llama:
             RuntimeError: the Llama was made without `embedding=True`.
             ValueError: a text is empty or too long.
         """
-        texts, single = _options.texts("input", input)
-        embeddings = [self._engine.embed(self._embedding_tokens(text, truncate), normalize) for text in texts]
+        texts, single = checks.texts("input", input)
+        embeddings = [embed(self._engine, embedding_tokens(self._engine, each, truncate), normalize) for each in texts]
         return embeddings[0] if single else embeddings
 
     def create_embedding(
@@ -832,26 +739,15 @@ class Llama:
         model: str | None = None,
     ) -> CreateEmbeddingResponse:
         """As `embed`, as a dictionary of the OpenAI API."""
-        texts, _ = _options.texts("input", input)
-        tokens = [self._embedding_tokens(text, truncate=True) for text in texts]
+        texts, _ = checks.texts("input", input)
+        tokens = [embedding_tokens(self._engine, text, truncate=True) for text in texts]
         n = sum(map(len, tokens))
         return {
             "object": "list",
             "data": [
-                {"object": "embedding", "embedding": self._engine.embed(each, normalize=False), "index": i}
+                {"object": "embedding", "embedding": embed(self._engine, each, normalize=False), "index": i}
                 for i, each in enumerate(tokens)
             ],
             "model": model if model is not None else self.model_path,
             "usage": {"prompt_tokens": n, "total_tokens": n},
         }
-
-    def _embedding_tokens(self, text: str | Sequence[int], truncate: bool) -> list[int]:
-        if not self._embedding:
-            raise RuntimeError("embeddings need Llama(..., embedding=True)")
-        tokens = self.tokenize(text.encode()) if isinstance(text, str) else list(text)
-        self._engine.check_tokens(tokens)
-        if truncate:
-            tokens = tokens[: self._ctx.n_batch]
-        if not 0 < len(tokens) <= self._ctx.n_batch:
-            raise ValueError(f"a text has {len(tokens)} tokens, expected 1 to {self._ctx.n_batch} (n_batch)")
-        return tokens

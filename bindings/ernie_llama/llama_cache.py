@@ -5,22 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from ._state import LlamaState
+from ._engine.sequence import longest_token_prefix
+from ._engine.state import LlamaState
 
 DEFAULT_CAPACITY = 2 << 30
-
-
-def longest_token_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens that `a` and `b` have in common at their start."""
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 class BaseLlamaCache(ABC):

@@ -1,4 +1,4 @@
-"""The names of llama-cpp-python's module of chat formats and picture handlers.
+"""The names of llama-cpp-python's module of chat formats and image handlers.
 
 Prompts are rendered with the template of the file, or with `Llama(chat_template=...)`, so there are no formats to
 choose from. A handler is an object that holds the path of an mmproj: `Llama(chat_handler=...)` is

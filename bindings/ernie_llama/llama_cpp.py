@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _library, _structs
-from ._functions import FUNCTIONS
-from ._structs import CONSTANTS
+from ._lib import structs as _structs
+from ._lib.functions import FUNCTIONS
+from ._lib.library import load as _load
+from ._lib.structs import CONSTANTS
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a struct, a constant or a function
     if name in CONSTANTS:
         return CONSTANTS[name]
     if name in FUNCTIONS:
-        return getattr(_library.load(), name)
+        return getattr(_load(), name)
     if name == "_lib":  # how llguidance finds a function's address
-        return _library.load()
+        return _load()
     if name.startswith(("llama_", "ggml_")) and hasattr(_structs, name):
         return getattr(_structs, name)
     raise AttributeError(

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from .llama import Llama
+
+class _Tokenizes(Protocol):
+    """What `LlamaTokenizer` needs of a `Llama`."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]: ...
+
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes: ...
 
 
 class LlamaTokenizer:
     """The tokenizer of the model's file."""
 
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: _Tokenizes) -> None:
         self._llama = llama
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:

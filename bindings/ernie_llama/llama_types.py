@@ -253,14 +253,14 @@ class ChatCompletionRequestMessageContentPartText(TypedDict):
 
 
 class ChatCompletionRequestMessageContentPartImageImageUrl(TypedDict):
-    """The address of a picture."""
+    """The address of an image."""
 
     url: str
     detail: NotRequired[Literal["auto", "low", "high"]]
 
 
 class ChatCompletionRequestMessageContentPartImage(TypedDict):
-    """A picture in a message."""
+    """An image in a message."""
 
     type: Literal["image_url"]
     image_url: str | ChatCompletionRequestMessageContentPartImageImageUrl

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_llama import _structs
+from ernie_llama._lib import structs
 
 HANDLES: dict[type[ctypes.c_void_p], str] = {
-    _structs.llama_model_p: "struct llama_model *",
-    _structs.llama_context_p: "struct llama_context *",
-    _structs.llama_vocab_p: "struct llama_vocab *",
-    _structs.llama_memory_p: "llama_memory_t",
-    _structs.llama_sampler_p: "struct llama_sampler *",
-    _structs.llama_adapter_lora_p: "struct llama_adapter_lora *",
-    _structs.ggml_context_p: "struct ggml_context *",
-    _structs.ggml_tensor_p: "struct ggml_tensor *",
-    _structs.ggml_backend_buffer_type_t: "ggml_backend_buffer_type_t",
-    _structs.ggml_backend_dev_t: "ggml_backend_dev_t",
-    _structs.ggml_backend_reg_t: "ggml_backend_reg_t",
+    structs.llama_model_p: "struct llama_model *",
+    structs.llama_context_p: "struct llama_context *",
+    structs.llama_vocab_p: "struct llama_vocab *",
+    structs.llama_memory_p: "llama_memory_t",
+    structs.llama_sampler_p: "struct llama_sampler *",
+    structs.llama_adapter_lora_p: "struct llama_adapter_lora *",
+    structs.ggml_context_p: "struct ggml_context *",
+    structs.ggml_tensor_p: "struct ggml_tensor *",
+    structs.ggml_backend_buffer_type_t: "ggml_backend_buffer_type_t",
+    structs.ggml_backend_dev_t: "ggml_backend_dev_t",
+    structs.ggml_backend_reg_t: "ggml_backend_reg_t",
 }
 POINTER_CODES = {"P", "z"}  # c_void_p, c_char_p
 Functions = Mapping[str, tuple[Any, Sequence[Any]]]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ernie_llama import _functions, _structs
+from ernie_llama._lib import functions, structs
 
 pytestmark = pytest.mark.build
 
@@ -26,7 +26,7 @@ def build(tree: Path, folder: Path, *, version: str = "0.6.0-dev", before: str =
     """A library with every function, extra fields in its structs, and calls that do nothing."""
     plain = [
         name
-        for name in _functions.FUNCTIONS
+        for name in functions.FUNCTIONS
         if name != "llama_version" and not name.endswith(("model_default_params", "context_default_params"))
     ]
     header = (tree / "include" / "llama.h").read_text()
@@ -34,14 +34,14 @@ def build(tree: Path, folder: Path, *, version: str = "0.6.0-dev", before: str =
         start = header.index(f"    struct {struct} {{\n") + len(f"    struct {struct} {{\n")
         end = header.index("    };\n", start)
         header = header[:start] + f"        {before}\n" + header[start:end] + f"        {after}\n" + header[end:]
-    functions = [f'extern "C" void * {name}_() {{ return nullptr; }}' for name in plain]
+    stubs = [f'extern "C" void * {name}_() {{ return nullptr; }}' for name in plain]
     (folder / "llama_changed.h").write_text(header)
     (folder / "fake.cpp").write_text(
         '#include "llama_changed.h"\n'
         + f'const char * llama_version(void) {{ return "{version}"; }}\n'
         + defaults("llama_model_params", DEFAULTS_MODEL)
         + defaults("llama_context_params", DEFAULTS_CONTEXT)
-        + "\n".join(functions)
+        + "\n".join(stubs)
     )
     path = folder / "libllama.so"
     # The other functions get their names by the linker: the header declares them with other types.
@@ -102,7 +102,7 @@ def test_matching_structs_are_accepted(llama_tree: Path, tmp_path: Path) -> None
 def test_another_version_is_refused(llama_tree: Path, tmp_path: Path) -> None:
     assert load(build(llama_tree, tmp_path, version="0.7.1")) == (
         f"OSError {tmp_path}/libllama.so is not the version of llama.cpp that these bindings need: "
-        f"it is version 0.7.1 of llama.cpp, expected {_structs.VERSION}; "
+        f"it is version 0.7.1 of llama.cpp, expected {structs.VERSION}; "
         f"build that version with `ernie-gguf build`, or `make build` in a checkout"
     )
 

@@ -12,7 +12,14 @@ from typing import Any
 import ernie_llama
 import numpy as np
 import pytest
-from ernie_llama import Llama, LogitsProcessorList, MinTokensLogitsProcessor, StoppingCriteriaList, _compat, llama_cpp
+from ernie_llama import (
+    Llama,
+    LogitsProcessorList,
+    MinTokensLogitsProcessor,
+    StoppingCriteriaList,
+    _rare_options,
+    llama_cpp,
+)
 from ernie_llama.llama_cache import LlamaRAMCache
 from ernie_llama.llama_chat_format import Llava15ChatHandler
 from ernie_llama.llama_speculative import LlamaPromptLookupDecoding
@@ -24,7 +31,7 @@ from .test_options import LONG, n_decoded
 pytestmark = pytest.mark.build
 
 # What LangChain, LlamaIndex, llama-cpp-agent and others pass whether or not their user has set it.
-NEUTRAL: dict[str, Any] = {name: refused.neutral[0] for name, refused in _compat.LLAMA.items()} | {
+NEUTRAL: dict[str, Any] = {name: refused.neutral[0] for name, refused in _rare_options.LLAMA.items()} | {
     "rope_freq_scale": 1.0,
     "rope_scaling_type": None,
     "yarn_ext_factor": -1.0,
@@ -52,13 +59,13 @@ def test_neutral_options_change_nothing(bf16: str, llm: Llama) -> None:
             )
 
 
-@pytest.mark.parametrize("option", _compat.LLAMA)
+@pytest.mark.parametrize("option", _rare_options.LLAMA)
 def test_other_values_are_refused_with_what_to_do(option: str) -> None:
     with pytest.raises(ValueError, match=rf"^{option} is 'x', which is not possible here: "):
         Llama("model.gguf", **{option: "x"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("option", _compat.COMPLETION)
+@pytest.mark.parametrize("option", _rare_options.COMPLETION)
 def test_other_values_of_completions_are_refused_too(llm: Llama, option: str) -> None:
     with pytest.raises(ValueError, match=rf"^{option} is 'x', which is not possible here: "):
         llm(PROMPT, **{option: "x"})  # type: ignore[call-overload]

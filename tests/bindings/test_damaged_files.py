@@ -19,7 +19,8 @@ import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import Outtype
 from ernie_gguf.plan import choose
-from ernie_llama import Llama, _metadata
+from ernie_llama import Llama
+from ernie_llama._engine import metadata
 from reference.specimens import VL_TINY
 
 pytestmark = pytest.mark.build
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.build
 ARCHITECTURE = "ernie4_5-moe"
 
 
-def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401
+def with_values(**values: Any) -> metadata.Metadata:  # noqa: ANN401
     """Metadata of a model like the example, with other values by the last parts of their keys."""
     known = {
         "block_count": 3,
@@ -40,7 +41,7 @@ def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401
         "expert_used_count": 2,
         "interleave_moe_layer_step": 1,
     } | {key.replace("__", "."): value for key, value in values.items() if key != "tokens"}
-    return _metadata.Metadata(
+    return metadata.Metadata(
         {f"{ARCHITECTURE}.{key}": value for key, value in known.items()}
         | {"general.architecture": ARCHITECTURE.encode(), "tokenizer.ggml.tokens": values.get("tokens", [b"a", b"b"])}
     )
@@ -79,7 +80,7 @@ def metadata(**values: Any) -> _metadata.Metadata:  # noqa: ANN401
     ids=str,
 )
 def test_values_that_llama_cpp_asserts_are_checked_before(values: dict[str, Any], problem: str | None) -> None:
-    found = [text for check in _metadata.CHECKS if (text := check(metadata(**values)))]
+    found = [text for check in metadata.CHECKS if (text := check(with_values(**values)))]
     if problem is None:
         assert not found
     else:
@@ -106,7 +107,7 @@ def test_values_of_an_mmproj_are_checked_before(values: dict[str, Any], problem:
         "clip.vision.attention.layer_norm_epsilon": 1e-6,
         "clip.vision.projector.norm_epsilon": 1e-5,
     }
-    found = _metadata._tower(_metadata.Metadata(known | values))
+    found = metadata._vision(metadata.Metadata(known | values))
     assert found == problem if problem is None else found is not None and problem in found
 
 
@@ -125,12 +126,12 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_tensor_that_an_mmproj_lacks_is_named(eyes: bytes, name: str, tmp_path: Path) -> None:
     path = tmp_path / "eyes.gguf"
     path.write_bytes(eyes)
-    _metadata.check(path, _metadata.TOWER_CHECKS)
+    metadata.check(path, metadata.MMPROJ_CHECKS)
     path.write_bytes(eyes.replace(name.encode(), name.replace("m", "n").replace("v.", "w.").encode()))
     with pytest.raises(
         ValueError, match=f"eyes.gguf cannot be loaded: it holds no tensor {re.escape(name)}; the file is"
     ):
-        _metadata.check(path, _metadata.TOWER_CHECKS)
+        metadata.check(path, metadata.MMPROJ_CHECKS)
 
 
 @pytest.mark.parametrize("key", ["patch_size", "embedding_length", "spatial_merge_size", "projection_dim"])
@@ -143,7 +144,7 @@ def test_sizes_of_an_mmproj_are_those_of_its_tensors(eyes: bytes, key: str, tmp_
     with pytest.raises(
         ValueError, match=f"eyes.gguf cannot be loaded: vision.{key} asks for a .* of .*, found .*; the"
     ):
-        _metadata.check(path, _metadata.TOWER_CHECKS)
+        metadata.check(path, metadata.MMPROJ_CHECKS)
 
 
 def test_a_damaged_value_is_named_with_the_file(bf16: str, tmp_path: Path) -> None:

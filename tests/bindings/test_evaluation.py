@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_llama import Llama
-from ernie_llama._scoring import Limits, Request, waves
+from ernie_llama._engine.scoring import Limits, Request, waves
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ernie_llama._handle import Handle
+from ernie_llama._lib.handle import Handle
 
 
 def test_closed_once_and_unusable_afterwards() -> None:
@@ -48,7 +48,7 @@ def test_kept_objects_outlive_the_c_object_even_in_a_cycle() -> None:
 def test_at_exit_the_newest_is_freed_first() -> None:
     code = """
 from ctypes import c_void_p
-from ernie_llama._handle import Handle
+from ernie_llama._lib.handle import Handle
 model = Handle("model", c_void_p(16), lambda _: print("model"))
 context = Handle("context", c_void_p(32), lambda _: print("context"), model)
 """

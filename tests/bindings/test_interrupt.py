@@ -6,7 +6,7 @@ import signal
 import threading
 
 import pytest
-from ernie_llama._interrupt import Interruptible
+from ernie_llama._lib.interrupt import Interruptible
 
 
 def interrupt_main_thread() -> None:

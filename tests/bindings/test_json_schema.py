@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from ernie_llama import Llama
-from ernie_llama._integer_range import integer_range
-from ernie_llama._json_schema import grammar
-from ernie_llama._sampler import Sampler
-from ernie_llama._sampling import Sampling
+from ernie_llama._engine.sampler import Sampler
+from ernie_llama._engine.sampling import Sampling
+from ernie_llama._gbnf.integer_range import integer_range
+from ernie_llama._gbnf.json_schema import grammar
 from ernie_llama.llama_grammar import JSON_GBNF, LlamaGrammar
 from hypothesis import given
 from hypothesis import strategies as st

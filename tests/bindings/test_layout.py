@@ -6,20 +6,20 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from ernie_llama import _functions, _structs
+from ernie_llama._lib import functions, structs
 
 from .probe import declared_layout, measured_layout, source
 
 
 @pytest.fixture(scope="module")
 def measured(llama_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    text = source(_structs.STRUCTS, _structs.CONSTANTS, _functions.FUNCTIONS)
+    text = source(structs.STRUCTS, structs.CONSTANTS, functions.FUNCTIONS)
     return measured_layout(llama_tree, tmp_path_factory.mktemp("probe"), text)
 
 
 @pytest.mark.build
 def test_declarations_agree_with_the_headers(measured: dict[str, str]) -> None:
-    assert declared_layout(_structs.STRUCTS, _structs.CONSTANTS, _functions.FUNCTIONS) == measured
+    assert declared_layout(structs.STRUCTS, structs.CONSTANTS, functions.FUNCTIONS) == measured
 
 
 @pytest.mark.build
@@ -60,7 +60,7 @@ def test_the_probe_finds_a_wrong_struct(
 @pytest.mark.build
 def test_the_probe_finds_swapped_handles_and_wrong_constants(measured: dict[str, str]) -> None:
     functions = {
-        "llama_sampler_sample": (ctypes.c_int32, [_structs.llama_context_p, _structs.llama_sampler_p, ctypes.c_int32])
+        "llama_sampler_sample": (ctypes.c_int32, [structs.llama_context_p, structs.llama_sampler_p, ctypes.c_int32])
     }
     declared = declared_layout([], {"GGML_LOG_LEVEL_WARN": 2}, functions)
     assert {key for key, value in declared.items() if measured[key] != value} == {

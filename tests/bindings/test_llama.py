@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ernie_llama import Llama
-from ernie_llama._context import SHORT_BATCH
-from ernie_llama._options import physical_cores
+from ernie_llama._engine.context import SHORT_BATCH
+from ernie_llama._engine.params import physical_cores
 
 pytestmark = pytest.mark.build
 

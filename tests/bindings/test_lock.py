@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ernie_llama import Llama, _lock
-from ernie_llama._lock import ContextLock
+from ernie_llama import Llama
+from ernie_llama._engine import lock
+from ernie_llama._engine.lock import ContextLock
 
 PROMPT = "def main():"
 
@@ -23,8 +24,8 @@ PROMPT = "def main():"
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody takes the context from a stream that rests."""
-    monkeypatch.setattr(_lock, "OTHER_THREAD_REST", 60.0)
-    monkeypatch.setattr(_lock, "SAME_THREAD_REST", 0.0)
+    monkeypatch.setattr(lock, "OTHER_THREAD_REST", 60.0)
+    monkeypatch.setattr(lock, "SAME_THREAD_REST", 0.0)
 
 
 def in_thread(action: Callable[[], object]) -> None:

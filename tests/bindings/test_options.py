@@ -9,7 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from ernie_llama import Llama, _options
+from ernie_llama import Llama
+from ernie_llama._engine import params
 from ernie_llama.llama_types import ChatCompletionRequestMessage
 
 from .test_completion import PROMPT, PROMPTS, text
@@ -274,7 +275,7 @@ def test_an_unreachable_rpc_server_is_refused(bf16: str, llama_bin: Path) -> Non
 
 
 def test_the_expert_pattern_is_that_of_llama_cpp() -> None:
-    assert _options.EXPERTS.format(layer=3) == r"blk\.3\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+    assert params.EXPERTS.format(layer=3) == r"blk\.3\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 def test_import_is_quick() -> None:

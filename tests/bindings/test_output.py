@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ernie_llama._output import Content, OutputParser, OutputPart, Reasoning, ToolCall
+from ernie_llama._chat.output import Content, OutputParser, OutputPart, Reasoning, ToolCall
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_llama._decode import decoded
+from ernie_llama._engine.image_file import decoded
 from PIL import Image, features
 from support import png
 

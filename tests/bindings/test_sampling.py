@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from ernie_llama import Llama, LlamaGrammar
-from ernie_llama._sampling import Sampling
+from ernie_llama._engine.sampling import Sampling
 
 from .test_completion import PROMPT, PROMPTS, continued, text
 

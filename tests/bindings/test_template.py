@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from ernie_llama._template import ChatTemplate
+from ernie_llama._chat.template import ChatTemplate
 from ernie_llama.llama_types import ChatCompletionRequestMessage, ChatCompletionTool
 
 USER: ChatCompletionRequestMessage = {"role": "user", "content": "Grüße"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ernie_llama._text import TextStream
+from ernie_llama._chat.text_stream import TextStream
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ernie_llama import Llama
-from ernie_llama._chat_grammar import AnswerGrammar
+from ernie_llama._chat.answer_grammar import AnswerGrammar
 from ernie_llama.llama_types import ChatCompletionRequestMessage
 
 from .test_chat import TOOLS, writes

@@ -24,22 +24,25 @@ from support.command_line import Command
 # With experts on the CPU not by mmap, whose buffer would count what lies between them in the file.
 LOAD = """
 import ctypes, os, sys
-from ernie_llama import _library, _log, _options, _rpc
+from ernie_llama._engine.params import KV_TYPES, model_fields
+from ernie_llama._engine.rpc import add_rpc_servers
+from ernie_llama._lib.library import load
+from ernie_llama._lib.log import LOG
 path, n_ctx, kv, servers, n_cpu_moe = sys.argv[1:]
-library = _library.load()
+library = load()
 params = library.llama_model_default_params()
-fields = _options.model_fields(library, n_gpu_layers=-1, split_mode="layer", main_gpu=0,
+fields = model_fields(library, n_gpu_layers=-1, split_mode="layer", main_gpu=0,
     tensor_split=[1] * len(servers.split(",")) if servers else None, n_cpu_moe=int(n_cpu_moe),
     tensor_buft_overrides={}, kv_overrides=None, use_mmap=n_cpu_moe == "0", use_mlock=False)
 if servers:
-    _rpc.add_rpc_servers(library, servers)
+    add_rpc_servers(library, servers)
 for name, value in {**fields, "use_extra_bufts": False}.items():
     setattr(params, name, value)
-_log.LOG.verbose = True
+LOG.verbose = True
 model = library.llama_model_load_from_file(os.fsencode(path), params)
 context = library.llama_context_default_params()
 context.n_ctx, context.n_seq_max, context.n_ubatch = int(n_ctx), 1, 512
-context.type_k = context.type_v = _options.KV_TYPES[kv]
+context.type_k = context.type_v = KV_TYPES[kv]
 assert library.llama_init_from_model(model, context)
 """
 BUFFER = re.compile(r"(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")

@@ -14,7 +14,8 @@ import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import FloatType, Outtype
 from ernie_gguf.plan import choose
-from ernie_llama import Llama, LlamaRAMCache, _library, _mtmd
+from ernie_llama import Llama, LlamaRAMCache
+from ernie_llama._lib import library, mtmd
 from reference import vl_golden
 from support import png
 
@@ -51,11 +52,11 @@ def counter(llama_bin: Path, monkeypatch: pytest.MonkeyPatch) -> Counter:
     monkeypatch.setenv("ERNIE_LLAMA_LIB_PATH", str(llama_bin))
     count = Counter()
     for name, pairs in PAIRS.items():
-        library = _library.load() if name == "llama" else _mtmd.load()
+        loaded = library.load() if name == "llama" else mtmd.load()
         for make, free in pairs.items():
-            monkeypatch.setattr(library, make, _counted(getattr(library, make), count, free, 1))
+            monkeypatch.setattr(loaded, make, _counted(getattr(loaded, make), count, free, 1))
         for free in set(pairs.values()):
-            monkeypatch.setattr(library, free, _counted(getattr(library, free), count, free, -1))
+            monkeypatch.setattr(loaded, free, _counted(getattr(loaded, free), count, free, -1))
     return count
 
 

@@ -16,7 +16,8 @@ import pytest
 from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import FloatType, Outtype
 from ernie_gguf.plan import choose
-from ernie_llama import Llama, _library, _mtmd
+from ernie_llama import Llama
+from ernie_llama._lib import library, mtmd
 from reference import vl_golden
 from reference.golden import sampled_ids
 from reference.vl_golden import PICTURES, PROMPTS, GoldenPictures
@@ -46,9 +47,9 @@ def _built_library(llama_bin: Path) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> str:
     """Where everything runs."""
     name: str = request.param
-    library = _library.load()
-    devices = [library.ggml_backend_dev_get(i) for i in range(library.ggml_backend_dev_count())]
-    names = [library.ggml_backend_dev_name(each).decode() for each in devices]
+    llama = library.load()
+    devices = [llama.ggml_backend_dev_get(i) for i in range(llama.ggml_backend_dev_count())]
+    names = [llama.ggml_backend_dev_name(each).decode() for each in devices]
     if name == "gpu" and all(each.startswith(("CPU", "BLAS")) for each in names):
         pytest.skip("this build of llama.cpp sees no GPU")
     return name
@@ -80,10 +81,10 @@ def test_eyes(checkpoint: Path, tmp_path: Path, device: str, projector: FloatTyp
     """Embeddings of three pictures."""
     errors, cosines = [], []
     with opened(converted(checkpoint, tmp_path, Outtype.BF16, projector), device) as llm:
-        eyes = llm._engine.pictures.eyes
-        assert eyes is not None
+        encoder = llm._engine.images.encoder
+        assert encoder is not None
         for data, expected in zip(PICTURES[WHOLE], GoldenPictures.load().embeddings, strict=False):
-            found = np.ctypeslib.as_array(eyes.encode(picture(llm, data)), expected.shape)
+            found = np.ctypeslib.as_array(encoder.encode(picture(llm, data)), expected.shape)
             errors.append(np.abs(found - expected).max() / np.abs(expected).max())
             cosines.append((found * expected).sum() / np.sqrt((found**2).sum() * (expected**2).sum()))
     bound = bound_on(device, EYES[projector])
@@ -113,14 +114,14 @@ def test_models(checkpoint: Path, tmp_path: Path, device: str, outtype: Outtype)
 def test_the_eyes_are_where_the_model_is(checkpoint: Path, tmp_path: Path, device: str) -> None:
     """Layers on the CPU leave the eyes there too."""
     files = converted(checkpoint, tmp_path, Outtype.BF16, FloatType.BF16)
-    library, seen = _mtmd.load(), []
-    make = library.mtmd_init_from_file
+    libmtmd, seen = mtmd.load(), []
+    make = libmtmd.mtmd_init_from_file
 
-    def spy(path: bytes, model: object, params: _mtmd.mtmd_context_params) -> object:
+    def spy(path: bytes, model: object, params: mtmd.mtmd_context_params) -> object:
         seen.append(params.use_gpu)
         return make(path, model, params)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "mtmd_init_from_file", spy)
+        patch.setattr(libmtmd, "mtmd_init_from_file", spy)
         opened(files, device).close()
     assert seen == [device == "gpu"]

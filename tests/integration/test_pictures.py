@@ -19,7 +19,9 @@ from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import FloatType, Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_gguf.plan import choose
-from ernie_llama import Llama, _library, _mtmd
+from ernie_llama import Llama
+from ernie_llama._engine.vision import Image
+from ernie_llama._lib import library, mtmd
 from reference import vl_golden
 from reference.golden import Floats, sampled_ids
 from reference.vl_golden import END, PICTURES, PROMPTS, START, GoldenPictures
@@ -59,8 +61,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values in float32, and no flash attention, here and in the tower."""
-    llama, mtmd = _library.load(), _mtmd.load()
-    context_defaults, eyes_defaults = llama.llama_context_default_params, mtmd.mtmd_context_params_default
+    llama, libmtmd = library.load(), mtmd.load()
+    context_defaults, encoder_defaults = llama.llama_context_default_params, libmtmd.mtmd_context_params_default
 
     def context() -> object:
         params = context_defaults()
@@ -68,13 +70,13 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
         return params
 
-    def eyes() -> object:
-        params = eyes_defaults()
+    def encoder() -> object:
+        params = encoder_defaults()
         params.flash_attn_type = 0
         return params
 
     monkeypatch.setattr(llama, "llama_context_default_params", context)
-    monkeypatch.setattr(mtmd, "mtmd_context_params_default", eyes)
+    monkeypatch.setattr(libmtmd, "mtmd_context_params_default", encoder)
 
 
 def load(files: Files, **options: object) -> Llama:
@@ -82,23 +84,24 @@ def load(files: Files, **options: object) -> Llama:
     return Llama(files.model, mmproj_path=files.eyes, **(defaults | options))  # type: ignore[arg-type]
 
 
-def picture(llm: Llama, data: bytes) -> _mtmd.Picture:
+def picture(llm: Llama, data: bytes) -> Image:
     """A picture's entry of a sequence, without the text that announces it."""
-    eyes = llm._engine.pictures.eyes
-    assert eyes is not None
-    (found,) = (part for part in eyes.tokenize(eyes.marker, [data], add_special=False) if not isinstance(part, int))
+    encoder = llm._engine.images.encoder
+    assert encoder is not None
+    parts = encoder.tokenize(encoder.marker, [data], add_special=False)
+    (found,) = (part for part in parts if not isinstance(part, int))
     return found
 
 
 def entries(llm: Llama, parts: Sequence[int]) -> list[int]:
     """The ids of a prompt of the golden file."""
-    return llm._engine.pictures.ids([picture(llm, PICTURES[-1 - part]) if part < 0 else part for part in parts])
+    return llm._engine.images.ids([picture(llm, PICTURES[-1 - part]) if part < 0 else part for part in parts])
 
 
 def logits(llm: Llama, parts: Sequence[int], first: int = 0) -> Floats:
     """At every position from `first` on, [m, V]; NaN for pictures."""
     llm.reset()
-    llm._engine._spared = -first
+    llm._engine.sequence.position = first
     llm.eval(entries(llm, parts))
     return llm.scores.copy()
 
@@ -107,10 +110,10 @@ def logits(llm: Llama, parts: Sequence[int], first: int = 0) -> Floats:
 def test_embeddings(files: Files) -> None:
     golden = GoldenPictures.load()
     with load(files) as llm:
-        eyes = llm._engine.pictures.eyes
-        assert eyes is not None
+        encoder = llm._engine.images.encoder
+        assert encoder is not None
         for data, expected in zip(PICTURES, golden.embeddings, strict=True):
-            found = np.ctypeslib.as_array(eyes.encode(picture(llm, data)), expected.shape)
+            found = np.ctypeslib.as_array(encoder.encode(picture(llm, data)), expected.shape)
             resized = data is PICTURES[-1]
             error = np.abs(found - expected).max() / np.abs(expected).max()
             cosine = (found * expected).sum() / np.sqrt((found**2).sum() * (expected**2).sum())
@@ -185,7 +188,7 @@ def test_mixed_batches_equal_separate_ones_and_graphs_are_reused(files: Files) -
         for step in (1, 2, 3, 4):
             llm.reset()
             ids = entries(llm, parts)
-            runs = [list(run) for run in llm._engine.pictures.runs(ids)]
+            runs = [list(run) for run in llm._engine.images.runs(ids)]
             for run in runs:
                 for i in range(0, len(run), len(run) if run[0] < 0 else step):
                     llm.eval(run[i : i + (len(run) if run[0] < 0 else step)])
@@ -253,16 +256,16 @@ def test_sizes(files: Files) -> None:
         size = (int(10 ** rng.uniform(0, 3.7)), int(10 ** rng.uniform(0, 3.7)))
         if max(size) <= 200 * min(size):
             sizes.append(size)
-    library = _mtmd.load()
+    libmtmd = mtmd.load()
     with load(files) as llm:
-        eyes = llm._engine.pictures.eyes
-        assert eyes is not None
+        encoder = llm._engine.images.encoder
+        assert encoder is not None
         for width, height in sizes:
-            bitmap = library.mtmd_bitmap_init(width, height, None)  # without pixels
+            bitmap = libmtmd.mtmd_bitmap_init(width, height, None)  # without pixels
             try:
-                parts = eyes._tokenize(eyes.marker, [bitmap], False, ["0" * 64])
+                parts = encoder._tokenize(encoder.marker, [bitmap], False, ["0" * 64])
             finally:
-                library.mtmd_bitmap_free(bitmap)
+                libmtmd.mtmd_bitmap_free(bitmap)
             (found,) = (part for part in parts if not isinstance(part, int))
             columns, rows = reference_size(width, height)
             assert (found.tokens, found.positions) == (columns * rows, max(columns, rows)), (width, height)
@@ -270,9 +273,9 @@ def test_sizes(files: Files) -> None:
 
 def test_pictures_are_announced_by_their_number(files: Files) -> None:
     with load(files) as llm:
-        eyes = llm._engine.pictures.eyes
-        assert eyes is not None
-        parts = eyes.tokenize(f"User: {eyes.marker}, {eyes.marker}?", PICTURES[:2], add_special=False)
+        encoder = llm._engine.images.encoder
+        assert encoder is not None
+        parts = encoder.tokenize(f"User: {encoder.marker}, {encoder.marker}?", PICTURES[:2], add_special=False)
         begin, rest = "User: Picture 1:<|IMAGE_START|>", "<|IMAGE_END|>, Picture 2:<|IMAGE_START|>"
         texts: list[list[int]] = [[]]
         for part in parts:
@@ -289,7 +292,7 @@ BAD = [
     (PICTURES[0][:200], "is damaged, or too large: "),
     (
         png.encode(np.zeros((20, 20000, 3), np.uint8)),
-        "^the pictures of the prompt cannot be used: a picture of 20000x20 pixels: one side may be at most 200 times",
+        "^the images of the prompt cannot be used: a picture of 20000x20 pixels: one side may be at most 200 times",
     ),
 ]
 

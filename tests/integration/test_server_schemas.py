@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from ernie_llama import _json_schema
+from ernie_llama._gbnf import json_schema
 from support.doors import CHAT, MESSAGES, RESPONSES
 from support.servers import connect, post
 
@@ -110,13 +110,13 @@ def test_a_rule_that_is_lost_is_named_at_every_api(plain_server: Server, schema:
 @pytest.mark.parametrize(("schema", "place", "rule"), DROPPED, ids=IDS)
 def test_the_bindings_refuse_the_same(schema: Any, place: str, rule: str) -> None:  # noqa: ANN401
     with pytest.raises(ValueError, match=r"^JSON schema, #/"):
-        _json_schema.grammar({**member(schema), **DEFINITIONS})
+        json_schema.grammar({**member(schema), **DEFINITIONS})
 
 
 @pytest.mark.parametrize("schema", KEPT, ids=str)
 def test_what_describes_or_is_kept_stays_free(plain_server: Server, schema: Any) -> None:  # noqa: ANN401
     whole = {**member(schema), **DEFINITIONS}
-    _json_schema.grammar(whole)
+    json_schema.grammar(whole)
     body = {**chat_format(whole, strict=True), "max_tokens": 200, "temperature": 0.8, "seed": 2}
     answer = CHAT.ask(plain_server.port, body)
     if answer.end == "stop":

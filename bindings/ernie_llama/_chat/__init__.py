@@ -1,0 +1,1 @@
+"""Text in, the dictionaries of OpenAI's API out: completions, chat templates, answers. Touches no pointer."""

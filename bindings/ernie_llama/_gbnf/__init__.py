@@ -1,0 +1,1 @@
+"""Grammars in GBNF from JSON schemas: text only."""
