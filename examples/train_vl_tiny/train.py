@@ -126,8 +126,13 @@ def accuracy(model: Ernie4_5_VLMoeForConditionalGeneration, filmer: Filmer, size
     return found
 
 
-def train(out: Path, minutes: float, size: int, fonts: list[Path | None], rate: float, start_from: Path | None = None) -> None:
-    """Train for `minutes`, write the checkpoint to `out` and read pictures that were not trained on."""
+def train(
+    out: Path, minutes: float, *, size: int, rate: float, fonts: list[Path], start_from: Path | None = None
+) -> None:
+    """Train for `minutes`, write the checkpoint to `out`, and ask it about pictures and clips not trained on.
+
+    `size` is of a batch, `rate` the learning rate's height. `fonts` write times into clips, beside Pillow's own.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
@@ -141,8 +146,8 @@ def train(out: Path, minutes: float, size: int, fonts: list[Path | None], rate: 
     Balance(model)
     tokenizer_model = make_tokenizer() if start_from is None else (start_from / "tokenizer.model").read_bytes()
     tokenizer = Tokenizer(tokenizer_model)
-    curriculum = Curriculum(Filmer(Drawer(tokenizer, device), fonts), size, start_from is None)
-    tests = Filmer(Drawer(tokenizer, device, test=True), fonts)
+    curriculum = Curriculum(Filmer(Drawer(tokenizer, device), [None, *fonts]), size, start_from is None)
+    tests = Filmer(Drawer(tokenizer, device, test=True), [None, *fonts])
     loss = torch.tensor([5.0, 5.0], device=device)  # running means of cells and answers
     start = shown = examined = time.monotonic()
     step = 0
@@ -234,12 +239,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=16, help="pictures in a batch")
     parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate at its height")
-    parser.add_argument("--font", type=Path, action="append", default=[], help="also writes times into clips; repeat it")
+    parser.add_argument("--font", type=Path, action="append", default=[], help="a file; may be repeated")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0 for its own choice")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(arguments.out, arguments.minutes, arguments.batch, [None, *arguments.font], arguments.rate, arguments.start_from)
+    train(
+        arguments.out,
+        arguments.minutes,
+        size=arguments.batch,
+        rate=arguments.rate,
+        fonts=arguments.font,
+        start_from=arguments.start_from,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from vl_tiny_batches import IGNORED, KINDS, Batch, Drawer, Seen, patches_of
 from vl_tiny_films import CLIP_SIZES, FRAMES, RATES
 from vl_tiny_pictures import (
@@ -23,7 +23,6 @@ from vl_tiny_pictures import (
     READ,
     SIDES,
     STEPS,
-    font,
     placeholder,
     prompt,
     stamp,
@@ -86,7 +85,7 @@ class Filmer:
         return Seen(patches, shown, (frames.shape[1], height // 14, width // 14))
 
     def change(self, n: int, kinds: list[int]) -> tuple[Seen, list[torch.Tensor]]:
-        """A text that another replaces, each in two frames or more; and the answers that give the first and the last."""
+        """A text that another replaces, each in two frames or more, and answers that give the first and the last."""
         drawer, rng = self.drawer, self.drawer.rng
         size, count, kind, pair = rng.choice(CLIP_SIZES), rng.choice(FRAMES), rng.choice(kinds), drawer.colors(n)
         texts = [drawer.choose(n, KINDS[kind][1], kind) for _ in range(2)]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 from vl_tiny_pictures import (
-    CELL,
     COLORS,
     DIGITS,
     FIRST_NUMBER,

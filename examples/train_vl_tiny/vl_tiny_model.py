@@ -136,7 +136,7 @@ def embeddings(model: Ernie4_5_VLMoeForConditionalGeneration, pictures: Seen) ->
 
 
 def kinds(ids: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Of tokens [1, n] with pictures and clips of these grids, in their order: 0 for text, 1 in pictures, 2 in clips."""
+    """Of tokens [1, n] with pictures and clips of these grids, in order: 0 for text, 1 in pictures, 2 in clips."""
     shown = (ids == FIRST_VISION).long()
     number = (shown.diff(prepend=torch.zeros_like(shown[:, :1])) > 0).cumsum(1)
     clip = torch.tensor([0, *(int(grid[0] > 1) for grid in grids)])

@@ -120,9 +120,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return found
 
 
-def draw(
-    rng: random.Random, text: str, size: tuple[int, int], colors: tuple[str, str] | None = None
-) -> Picture:
+def draw(rng: random.Random, text: str, size: tuple[int, int], colors: tuple[str, str] | None = None) -> Picture:
     """Write `text` somewhere on a picture of `size` (width, height) in pixels: a character to a cell, roughly.
 
     `colors`: of the text and of the ground; any by default.
