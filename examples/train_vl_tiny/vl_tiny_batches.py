@@ -144,7 +144,7 @@ class Drawer:
     def paint(
         self, characters: torch.Tensor, lengths: torch.Tensor, size: tuple[int, int], pair: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The texts, each somewhere on an image [n, 3, height, width], and the tokens [n, cells] that its cells show."""
+        """The texts, each somewhere on an image [n, 3, height, width], and tokens [n, cells] that its cells show."""
         (width, height), n = size, len(lengths)
         columns, rows = width // CELL, height // CELL
         column, row = self._below(n, columns + 1 - lengths), self._below(n, rows)
