@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from .._engine.engine import Engine
+from .._engine.media import Medium
 from .._engine.sampling import Sampling
 from .._engine.seeds import Seeds
 from ..llama_grammar import LlamaGrammar
@@ -20,8 +21,8 @@ from ..llama_types import (
 from .answer_grammar import AnswerGrammar
 from .chat_results import ChatResults
 from .completion import Completion, CompletionRequest
-from .image_url import ImageLoader
-from .messages import without_images
+from .media_parts import Loaders
+from .messages import without_media
 from .output import END_THINK, MARKERS
 from .template import ChatTemplate
 
@@ -34,14 +35,12 @@ class Chats:
         model_path: its file, which names the model in results and messages.
     """
 
-    def __init__(
-        self, engine: Engine, model_path: str, chat_template: str | None, image_loader: ImageLoader | None
-    ) -> None:
-        """`chat_template` replaces the file's; `image_loader` returns the bytes of a URL that is not a data: URL."""
+    def __init__(self, engine: Engine, model_path: str, chat_template: str | None, loaders: Loaders) -> None:
+        """`chat_template` replaces the file's; `loaders` return the bytes of URLs that are not data: URLs."""
         self.engine = engine
         self.model_path = model_path
         self._chat_template = chat_template
-        self._image_loader = image_loader
+        self._loaders = loaders
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -78,14 +77,14 @@ class Chats:
         Raises:
             ValueError: the template, the schema or the context refuses the request, or an option is out of range.
         """
-        files: list[bytes] = []
-        seen = self._without_images(messages, files)
+        media: list[Medium] = []
+        seen = self._without_media(messages, media)
         prompt = self.template.prompt(seen, tools=None if tool_choice == "none" else tools, variables=variables)
         answer = AnswerGrammar.of(tools, tool_choice, response_format, grammar)
         thinks = answer.thinks(prompt.thinks, self.template.source)
         request = CompletionRequest.checked(
             self.engine,
-            self._tokens(prompt.text, files),
+            self._tokens(prompt.text, media),
             sampling,
             max_tokens=max_tokens,
             stop=stop,
@@ -99,21 +98,21 @@ class Chats:
         name = model if model is not None else self.model_path
         return ChatResults(Completion(self.engine, request), name, thinking=thinks, begun=prompt.answer)
 
-    def _without_images(
-        self, messages: Sequence[ChatCompletionRequestMessage], files: list[bytes]
+    def _without_media(
+        self, messages: Sequence[ChatCompletionRequestMessage], media: list[Medium]
     ) -> Sequence[ChatCompletionRequestMessage]:
-        """The messages with a marker for each image, whose file is added to `files`."""
+        """The messages with a marker for each image and video, which is added to `media`."""
         if (encoder := self.engine.images.encoder) is None:
             return messages
-        return [without_images(each, encoder.marker, self._image_loader, files) for each in messages]
+        return [without_media(each, encoder.marker, self._loaders, media) for each in messages]
 
-    def _tokens(self, prompt: str, images: Sequence[bytes]) -> list[int]:
+    def _tokens(self, prompt: str, media: Sequence[Medium]) -> list[int]:
         """Ids of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
         model = self.engine.model
         bos = model.token_text(model.token_bos())
         add_special = not (bos and prompt.startswith(bos))
-        if images and (encoder := self.engine.images.encoder) is not None:
-            return self.engine.images.ids(encoder.tokenize(prompt, images, add_special=add_special))
+        if media and (encoder := self.engine.images.encoder) is not None:
+            return self.engine.images.ids(encoder.tokenize(prompt, media, add_special=add_special))
         return model.tokenize(prompt.encode(), add_special, parse_special=True)
 
     def _special(self, text: str) -> list[int]:
