@@ -445,7 +445,7 @@ class Llama:
         with self._engine.lock.one_step():
             sampler = self._engine.sampler(self._sampling(options, temp), self._seeds.next())
             try:
-                return self._engine.sample(sampler, self._engine.sequence.ids)
+                return self._engine.sequence.sample(sampler, self._engine.sequence.ids)
             finally:
                 sampler.close()
 

@@ -106,18 +106,6 @@ class Engine:
         sampler.accept_prompt(self.sequence.ids)
         return sampler
 
-    def sample(self, sampler: Sampler, before: abc.Sequence[int]) -> int:
-        """Choose the token that follows the ids `before`, which the sequence's logits are for; needs a lease.
-
-        Raises:
-            RuntimeError: nothing has been evaluated yet.
-        """
-        if self.sequence.row is None:
-            raise RuntimeError("there is nothing to sample from before eval()")
-        if sampler.needs_logits:
-            return sampler.choose(self.sequence.logits(), before)
-        return sampler.sample(self.context.pointer, self.sequence.row)
-
     def state(self, seed: int) -> LlamaState:
         """The state to restore later; needs a lease."""
         ids = self.sequence.ids

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Sequence
+from collections import abc
+from collections.abc import Generator
 
 from .engine import Engine
 from .lock import Lease
 from .sampler import Sampler
 from .sampling import Sampling
-from .sequence import longest_token_prefix
+from .sequence import Sequence, longest_token_prefix
 
 # A shorter shared prefix is evaluated again. Together with the rest of the prompt that costs next to nothing, and the
 # text stays exactly that of a fresh start (llama.cpp uses other kernels for other batch sizes).
@@ -18,7 +19,7 @@ MIN_KEPT_PREFIX = 32
 
 
 def generate(
-    engine: Engine, prompt: Sequence[int], sampling: Sampling, seed: int, reset: bool
+    engine: Engine, prompt: abc.Sequence[int], sampling: Sampling, seed: int, reset: bool
 ) -> Generator[int, None, None]:
     """As `Llama.generate`; acquires the lock when the first token is asked for.
 
@@ -33,7 +34,7 @@ def generate(
             engine.eval(_begin(engine, prompt, reset))
             sampler = engine.sampler(sampling, seed)
             drafted: list[int] = []
-            chosen = _choose(engine, sampler, drafted)
+            chosen = _choose(engine.sequence, sampler, drafted)
         while chosen:
             for i, token in enumerate(chosen):
                 if drafted and engine.lock.holds(lease):
@@ -41,8 +42,8 @@ def generate(
                 yield token
             with lease:
                 drafted = _draft(engine, chosen[-1])
-                engine.eval([chosen[-1], *drafted], 1 + len(drafted))
-                chosen = _choose(engine, sampler, drafted)
+                engine.sequence.extend([chosen[-1], *drafted], 1 + len(drafted))
+                chosen = _choose(engine.sequence, sampler, drafted)
     finally:
         if sampler is not None:
             sampler.close()
@@ -50,7 +51,7 @@ def generate(
         lease.release()
 
 
-def _begin(engine: Engine, prompt: Sequence[int], reset: bool) -> Sequence[int]:
+def _begin(engine: Engine, prompt: abc.Sequence[int], reset: bool) -> abc.Sequence[int]:
     """Keep what the sequence shares with `prompt`, and return the ids that are still to be evaluated."""
     sequence = engine.sequence
     if not prompt and (reset or not sequence.ids):
@@ -65,7 +66,7 @@ def _begin(engine: Engine, prompt: Sequence[int], reset: bool) -> Sequence[int]:
     return prompt
 
 
-def _shared_prefix(ids: Sequence[int], prompt: Sequence[int]) -> int:
+def _shared_prefix(ids: abc.Sequence[int], prompt: abc.Sequence[int]) -> int:
     """Length of the prefix of `prompt` to keep in the cache; 0 if it is short, or if the cache holds all of it.
 
     A repeated prompt is evaluated afresh, so that the same seed gives the same text.
@@ -87,13 +88,12 @@ def _draft(engine: Engine, token: int) -> list[int]:
     return list(itertools.takewhile(lambda each: 0 <= each < n_vocab, drafted))  # an image is no guess
 
 
-def _choose(engine: Engine, sampler: Sampler, drafted: Sequence[int]) -> list[int]:
+def _choose(sequence: Sequence, sampler: Sampler, drafted: abc.Sequence[int]) -> list[int]:
     """Choose the tokens that follow the sequence before `drafted`, up to the first that was not drafted.
 
     All but the last of the result are evaluated then; rejected drafts are forgotten. A stopping criterion makes the
     result shorter, or empty.
     """
-    sequence = engine.sequence
     n = len(sequence) - len(drafted)
     chosen: list[int] = []
     for i, guess in enumerate([*drafted, None]):
@@ -102,7 +102,7 @@ def _choose(engine: Engine, sampler: Sampler, drafted: Sequence[int]) -> list[in
         before = sequence.ids[: n + i] if drafted else sequence.ids
         if sampler.stops is not None and sampler.stops(before, sequence.logits()):
             break
-        chosen.append(engine.sample(sampler, before))
+        chosen.append(sequence.sample(sampler, before))
         if chosen[-1] != guess:
             break
     if drafted:
@@ -110,7 +110,7 @@ def _choose(engine: Engine, sampler: Sampler, drafted: Sequence[int]) -> list[in
     return chosen
 
 
-def _restore_from_cache(engine: Engine, prompt: Sequence[int]) -> None:
+def _restore_from_cache(engine: Engine, prompt: abc.Sequence[int]) -> None:
     """Load the cached state that shares more of `prompt` than the sequence does."""
     if engine.cache is None or not prompt or prompt not in engine.cache:
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .context import Context
 from .images import Images
+from .sampler import Sampler
 from .scores import Scores
 
 if TYPE_CHECKING:
@@ -58,25 +59,29 @@ class Sequence:
         n_ctx = self._context.n_ctx
         if len(self.ids) + len(ids) > n_ctx:
             raise ValueError(f"Requested tokens ({len(self.ids) + len(ids)}) exceed context window of {n_ctx}")
+        if min(ids, default=0) >= 0:
+            self._add_tokens(ids, n_outputs)
+            return
         for run in self._images.runs(ids):
             if run[0] < 0:
                 self._add_image(run)
-                continue
-            for start in range(0, len(run), self._context.n_batch):
-                batch = run[start : start + self._context.n_batch]
-                self._add_tokens(batch, len(batch) if self.scores is not None else min(n_outputs, len(batch)))
+            else:
+                self._add_tokens(run, n_outputs)
 
-    def _add_tokens(self, batch: abc.Sequence[int], n_outputs: int) -> None:
-        try:
-            self._context.decode(batch, self.position, n_outputs)
-        except BaseException:
-            self._undo()
-            raise
-        if self.scores is not None:
-            self.scores.store(len(self.ids), self._context.logits(n_outputs))
-        self.ids += batch
-        self.position += len(batch)
-        self.row = -1
+    def _add_tokens(self, tokens: abc.Sequence[int], n_outputs: int) -> None:
+        for start in range(0, len(tokens), self._context.n_batch):
+            batch = tokens[start : start + self._context.n_batch]
+            n_rows = len(batch) if self.scores is not None else min(n_outputs, len(batch))
+            try:
+                self._context.decode(batch, self.position, n_rows)
+            except BaseException:
+                self._undo()
+                raise
+            if self.scores is not None:
+                self.scores.store(len(self.ids), self._context.logits(n_rows))
+            self.ids += batch
+            self.position += len(batch)
+            self.row = -1
 
     def _add_image(self, cells: abc.Sequence[int]) -> None:
         try:
@@ -105,6 +110,18 @@ class Sequence:
         self.position = self._images.n_positions(self.ids[:n])
         self._context.keep(self.position)
         del self.ids[n:]
+
+    def sample(self, sampler: Sampler, before: abc.Sequence[int]) -> int:
+        """Choose the token that follows the ids `before`, which the logits are for.
+
+        Raises:
+            RuntimeError: nothing has been evaluated yet.
+        """
+        if self.row is None:
+            raise RuntimeError("there is nothing to sample from before eval()")
+        if sampler.needs_logits:
+            return sampler.choose(self.logits(), before)
+        return sampler.sample(self._context.pointer, self.row)
 
     def logits(self) -> npt.NDArray[np.float32]:
         """A copy of the logits to choose the next token from, [n_vocab].
