@@ -15,6 +15,7 @@ from .json_object import JsonObject, read_object, shown
 PLACEHOLDER, FIRST_MARK, LAST_MARK = 100295, 101304, 101307
 MAX_SIZE = 1 << 20
 MAX_PIXELS = 1 << 30
+MAX_FRAMES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ class Preprocessor:
     max_pixels: int = 6177 * 28 * 28
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VideoPreprocessor:
+    """Which frames of a video the model is shown, and how: pixels of a frame after resizing, frames per second."""
+
+    min_pixels: int = 299 * 28 * 28
+    max_pixels: int = 1196 * 28 * 28
+    min_frames: int = 16
+    max_frames: int = 180
+    fps: float = 2.0
+    draw_time: bool = True
 
 
 def merged_values(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -161,28 +174,48 @@ def parse_vision(merged: dict[str, Any], where: str, head_dim: int, vocab: int) 
     )
 
 
+def _processor(folder: Path, names: tuple[str, ...], child: str) -> JsonObject | None:
+    """The first of these files, or the part of it that a file of several processors has for this one."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    config = JsonObject(read_object(path, ConfigError), path.name)
+    return _child(config, child) if child in config.values else config
+
+
+def _pixels(config: JsonObject, low: int, high: int) -> tuple[int, int]:
+    """The least and the most pixels of a picture, under the names that transformers 4 and 5 give them."""
+    size = _child(config, "size")
+    low = size.integer("shortest_edge", 1, MAX_PIXELS, default=config.integer("min_pixels", 1, MAX_PIXELS, default=low))
+    most = config.integer("max_pixels", low, MAX_PIXELS, default=high)
+    return low, size.integer("longest_edge", low, MAX_PIXELS, default=most)
+
+
 def read_preprocessor(folder: Path) -> Preprocessor:
     """The picture's numbers of preprocessor_config.json, or of processor_config.json, or ERNIE's own."""
-    path = next(
-        (folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()),
-        None,
+    config = _processor(folder, ("preprocessor_config.json", "processor_config.json"), "image_processor")
+    default = Preprocessor()
+    if config is None:
+        return default
+    pixels = _pixels(config, default.min_pixels, default.max_pixels)
+    return Preprocessor(*pixels, _three(config, "image_mean", default.mean), _three(config, "image_std", default.std))
+
+
+def read_video_preprocessor(folder: Path) -> VideoPreprocessor | None:
+    """The video's numbers of video_preprocessor_config.json or processor_config.json; None if neither has any."""
+    config = _processor(folder, ("video_preprocessor_config.json", "processor_config.json"), "video_processor")
+    if config is None or config.where == "processor_config.json":
+        return None
+    default = VideoPreprocessor()
+    config.only("temporal_patch_size", (2,))
+    least = config.integer("min_frames", 1, MAX_FRAMES, default=default.min_frames)
+    return VideoPreprocessor(
+        *_pixels(config, default.min_pixels, default.max_pixels),
+        least,
+        config.integer("max_frames", least, MAX_FRAMES, default=max(least, default.max_frames)),
+        config.number("fps") if "fps" in config else default.fps,
+        config.boolean("draw_on_frames", default=default.draw_time),
     )
-    if path is None:
-        return Preprocessor()
-    config = JsonObject(read_object(path, ConfigError), path.name)
-    if "image_processor" in config.values:
-        config = _child(config, "image_processor")
-    size, default = _child(config, "size"), Preprocessor()
-    low = size.integer(
-        "shortest_edge", 1, MAX_PIXELS, default=config.integer("min_pixels", 1, MAX_PIXELS, default=default.min_pixels)
-    )
-    high = size.integer(
-        "longest_edge",
-        low,
-        MAX_PIXELS,
-        default=config.integer("max_pixels", low, MAX_PIXELS, default=default.max_pixels),
-    )
-    return Preprocessor(low, high, _three(config, "image_mean", default.mean), _three(config, "image_std", default.std))
 
 
 def _three(config: JsonObject, key: str, default: tuple[float, ...]) -> tuple[float, ...]:

@@ -14,7 +14,13 @@ from .repository import RemoteFile, Repository
 
 # What a conversion, a quantization or a check reads of a repository beside the shards.
 SMALL = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", INDEX_NAME),
+    *(
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        INDEX_NAME,
+    ),
     *("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "processor_config.json"),
 )

@@ -22,13 +22,17 @@ ggml_cgraph * clip_graph_ernie4_5vl::build() {
     ggml_tensor * cur = build_vit(build_inp(), n_patches, NORM_TYPE_NORMAL, hparams.ffn_op, nullptr, add_pos);
     cb(cur, "vit_out", -1);
 
-    // the four patches of a block side by side: [4*n_embd, n_patches/4]
-    cur = build_patch_merge_permute(cur, hparams.n_merge);
-    cur = build_resampler_mlp(cur, model.mm_spatial);
-    cb(cur, "spatial_out", -1);
+    // the four patches of a block side by side: [4*n_embd, n_patches/4], of each frame of a pair
+    GGML_ASSERT(n_batch <= 2);
+    ggml_tensor * frames[2];
+    for (int i = 0; i < n_batch; i++) {
+        ggml_tensor * frame = ggml_view_2d(ctx0, cur, n_embd, n_patches, cur->nb[1], i * cur->nb[2]);
+        frames[i]           = build_resampler_mlp(build_patch_merge_permute(frame, hparams.n_merge), model.mm_spatial);
+        cb(frames[i], "spatial_out", i);
+    }
 
     // a picture is a pair of equal frames: [8*n_embd, n_patches/4]
-    cur = ggml_concat(ctx0, cur, cur, 0);
+    cur = ggml_concat(ctx0, frames[0], frames[n_batch - 1], 0);
     cur = build_resampler_mlp(cur, model.mm_temporal);
     cb(cur, "temporal_out", -1);
 
