@@ -112,8 +112,8 @@ class VisionEncoder(Handle):
                 self.pointer, chunks, ctypes.byref(text), (c_void_p * len(bitmaps))(*bitmaps), len(bitmaps)
             )
             if code:
-                reason = LOG.problems().removeprefix("mtmd_tokenize: error: ")
-                raise ValueError(reason)
+                reason = library.mtmd_tokenize_get_error().decode(errors="replace")
+                raise ValueError(reason or LOG.problems().removeprefix("mtmd_tokenize: error: "))
             found = [library.mtmd_input_chunks_get(chunks, i) for i in range(library.mtmd_input_chunks_size(chunks))]
             out: list[int | Image] = []
             names = iter(digests)

@@ -97,6 +97,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_input_chunk_copy": (c_void_p, [c_void_p]),
     "mtmd_input_chunk_free": (None, [c_void_p]),
     "mtmd_tokenize": (c_int32, [c_void_p, c_void_p, POINTER(mtmd_input_text), POINTER(c_void_p), c_size_t]),
+    "mtmd_tokenize_get_error": (c_char_p, []),
     "mtmd_encode_chunk": (c_int32, [c_void_p, c_void_p]),
     "mtmd_get_output_embd": (POINTER(c_float), [c_void_p]),
     "mtmd_helper_decode_image_chunk": (
