@@ -1,4 +1,4 @@
-"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads the number or the word on a picture.
+"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads pictures, and tells what came first in clips.
 
     python examples/train_vl_tiny/train.py OUT --minutes 60
     python examples/train_vl_tiny/train.py OUT --from examples/ernie-vl-tiny --minutes 6 --batch 512   # on a GPU
@@ -22,6 +22,9 @@ from PIL import Image
 from transformers import Ernie4_5_VLMoeForConditionalGeneration
 from vl_tiny_batches import IGNORED, KINDS, Batch, Drawer
 from vl_tiny_clips import QUESTIONS, Filmer
+from vl_tiny_films import read as read_film
+from vl_tiny_films import right_answers
+from vl_tiny_films import write_all as write_films
 from vl_tiny_model import answer, embeddings, forward, load, new_model, write
 from vl_tiny_pictures import (
     CELL,
@@ -179,6 +182,7 @@ def train(
     model = model.to(torch.float32).eval()
     report(accuracy(model, tests, 256))
     examine(out, model.eval(), tokenizer)
+    examine_clips(out, model, tokenizer)
 
 
 def report(shares: dict[str, float]) -> None:
@@ -229,6 +233,20 @@ def examine(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer:
         right = sum(found == right_answer(question, name) for name, found in read[question].items())
         print(f"{question} {right} of {len(read[question])} right", flush=True)
     (out / "read.json").write_text(json.dumps(read, indent=1) + "\n")
+
+
+def examine_clips(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    """Write the clips of the example, and what the model answers about each."""
+    watched: dict[str, dict[str, str]] = {question: {} for question in QUESTIONS}
+    right = dict.fromkeys(QUESTIONS, 0)
+    for name, path in write_films(out / "clips").items():
+        film = read_film(path)
+        for question, expected in right_answers(name).items():
+            watched[question][name] = answer(model, tokenizer, film, question)
+            right[question] += watched[question][name] == expected
+    for question, answers in watched.items():
+        print(f"{question} {right[question]} of {len(answers)} right", flush=True)
+    (out / "watch.json").write_text(json.dumps(watched, indent=1) + "\n")
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ from vl_tiny_films import CLIP_SIZES, FRAMES, RATES
 from vl_tiny_pictures import (
     CELL,
     DIGITS,
-    FIRST_NUMBER,
-    FIRST_WORD,
-    LAST_NUMBER,
+    FIRST,
+    LAST,
     LETTERS,
     MOVE,
     READ,
@@ -29,10 +28,9 @@ from vl_tiny_pictures import (
     video_placeholder,
 )
 
-QUESTIONS = (FIRST_NUMBER, LAST_NUMBER, FIRST_WORD, MOVE)
-SHARES = [0.3, 0.25, 0.25, 0.2]  # of QUESTIONS
-NUMBERS = [KINDS.index((DIGITS, length)) for length in (2, 2, 3)]
-WORDS = [KINDS.index((LETTERS, length)) for length in (2, 3, 3)]
+QUESTIONS = (FIRST, LAST, MOVE)
+SHARES = [0.3, 0.4, 0.3]  # of QUESTIONS
+CHANGING = [KINDS.index(kind) for kind in ((DIGITS, 2), (DIGITS, 2), (DIGITS, 3), (LETTERS, 2), (LETTERS, 3))]
 PICTURE_SHARE = 0.15  # of clips that a picture stands beside
 LUMA = (0.299, 0.587, 0.114)
 
@@ -84,10 +82,10 @@ class Filmer:
         patches = patches_of(frames.flatten(0, 1)).reshape(n, -1, 588)
         return Seen(patches, shown, (frames.shape[1], height // 14, width // 14))
 
-    def change(self, n: int, kinds: list[int]) -> tuple[Seen, list[torch.Tensor]]:
+    def change(self, n: int) -> tuple[Seen, list[torch.Tensor]]:
         """A text that another replaces, each in two frames or more, and answers that give the first and the last."""
         drawer, rng = self.drawer, self.drawer.rng
-        size, count, kind, pair = rng.choice(CLIP_SIZES), rng.choice(FRAMES), rng.choice(kinds), drawer.colors(n)
+        size, count, kind, pair = rng.choice(CLIP_SIZES), rng.choice(FRAMES), rng.choice(CHANGING), drawer.colors(n)
         texts = [drawer.choose(n, KINDS[kind][1], kind) for _ in range(2)]
         (before, cells_before), (after, cells_after) = (drawer.paint(*text, size, pair) for text in texts)
         at = 2 + self._below(n, count - 3)
@@ -120,8 +118,8 @@ class Filmer:
         if question == MOVE:
             clip, answers = self.move(n)
         else:
-            clip, (first, last) = self.change(n, WORDS if question == FIRST_WORD else NUMBERS)
-            answers = last if question == LAST_NUMBER else first
+            clip, (first, last) = self.change(n)
+            answers = last if question == LAST else first
         rng, drawer, seen = self.drawer.rng, self.drawer, [clip]
         shown = [video_placeholder(1, clip.cells.shape[1])]
         if not alone and rng.random() < PICTURE_SHARE:

@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 from vl_tiny_pictures import (
     COLORS,
     DIGITS,
-    FIRST_NUMBER,
-    FIRST_WORD,
-    LAST_NUMBER,
+    FIRST,
+    LAST,
     LETTERS,
     MOVE,
     PAIRS,
@@ -35,7 +34,7 @@ from vl_tiny_pictures import (
 CLIP_SIZES = ((112, 56), (140, 56), (112, 84))
 FRAMES = range(4, 9)
 RATES = (1, 2, 2, 4)  # frames per second
-ASKED = {"number": (FIRST_NUMBER, LAST_NUMBER), "word": (FIRST_WORD,), "square": (MOVE,)}
+ASKED = {"number": (FIRST, LAST), "word": (FIRST, LAST), "square": (MOVE,)}
 FILMED = [("number", DIGITS, 2)] * 4 + [("number", DIGITS, 3)] * 3 + [("square", "", 0)] * 6
 FILMED += [("word", LETTERS, 2)] * 3 + [("word", LETTERS, 3)] * 4
 CODECS = {

@@ -48,12 +48,7 @@ VOCAB = 512
 FIRST_VISION = VOCAB - len(VISION_TOKENS)
 
 READ, COLOR = "What is written here?", "What color is the text?"
-FIRST_NUMBER, LAST_NUMBER, FIRST_WORD, MOVE = (
-    "What is the first number?",
-    "What is the last number?",
-    "What is the first word?",
-    "Does the square move left or right?",
-)
+FIRST, LAST, MOVE = "What came first?", "What came last?", "Moving left or right?"
 SIDES, STEPS = range(14, 31), range(6, 17)  # pixels of a square, and of a step from frame to frame
 
 CHAT_TEMPLATE = """\
