@@ -141,11 +141,11 @@ class Llama:
             lora_path: a LoRA adapter in a GGUF file.
             lora_scale: strength of the adapter.
             chat_template: Jinja text to use instead of the file's template.
-            mmproj_path: the GGUF file of the model's vision tower, for messages with images and videos.
-            image_max_tokens: tokens of an image at most, larger ones are scaled down; 0 for what that file says.
+            mmproj_path: the GGUF file of the model's vision encoder, for messages with images and videos.
+            image_max_tokens: maximum number of tokens per image; larger images are scaled down. 0 for the file's limit.
             image_loader: returns the bytes of an image whose URL is not a data: URL; `load_local_image` reads local
-                files. Without it nothing is read.
-            video_loader: the same for videos, and `load_local_video`.
+                files. Without a loader, such URLs are refused.
+            video_loader: the same for videos, with `load_local_video`.
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
                 from those of a fresh start; False starts every call afresh.
@@ -406,10 +406,10 @@ class Llama:
         return dict(self.score_many([(tokens, n_scored)]))[0]
 
     def score_many(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
-        """As `score` for many texts, in the order that is quickest: yields the index of a text and its scores.
+        """As `score` for many texts, in the fastest order: yields the index of a text and its scores.
 
         What texts share at their beginning is evaluated once, and up to `n_seq_max` texts are evaluated in one batch.
-        A text's logits may differ in their last bits with its company.
+        Logits may differ in their last bits from those of `score`: other batch sizes use other kernels.
 
         Args:
             texts: tokens and `n_scored` of each.
@@ -671,21 +671,25 @@ class Llama:
             ValueError: the template, the schema or the context refuses the request, or an option is out of range.
             RuntimeError: llama.cpp fails, or this Llama is closed.
         """
-        results = self._chats.answer(
+        prompt = self._chats.prompt(
             messages,
             tools=tools,
             tool_choice=tool_choice,
             response_format=response_format,
             grammar=options.pop("grammar", None),
             variables=chat_template_kwargs,
-            sampling=self._sampling(options, temperature),
+        )
+        request = CompletionRequest.checked(
+            self._engine,
+            prompt.ids,
+            self._sampling(options, temperature),
             max_tokens=max_tokens,
             stop=stop,
             seeds=self._seeds,
             seed=seed,
             logprobs=(top_logprobs or 0) if logprobs else None,
-            model=model,
         )
+        results = self._chats.results(prompt, request, model if model is not None else self.model_path)
         return results.chunks() if stream else results.response()
 
     def create_chat_completion_openai_v1(

@@ -208,3 +208,23 @@ def test_tools_with_conflicting_definitions_are_refused(llm: Llama) -> None:
     other["function"]["parameters"]["$defs"]["city"] = {"type": "integer"}
     with pytest.raises(ValueError, match=r"two tools define \$defs/city differently: rename one of them"):
         llm.create_chat_completion(MESSAGES, tools=[TOOLS[1], other], tool_choice="required")
+
+
+def test_a_forced_call_that_is_cut_is_a_call_with_the_arguments_so_far(llm: Llama) -> None:
+    for max_tokens, arguments in ((48, None), (400, dict)):
+        chat = llm.create_chat_completion(
+            MESSAGES, tools=TOOLS, tool_choice="required", max_tokens=max_tokens, temperature=0
+        )
+        choice = chat["choices"][0]
+        call = choice["message"]["tool_calls"][0]["function"]
+        assert call["name"] in {tool["function"]["name"] for tool in TOOLS}
+        if arguments is None:
+            assert choice["finish_reason"] == "length"
+        else:
+            assert isinstance(json.loads(call["arguments"]), arguments)
+
+
+def test_an_unforced_call_that_the_model_leaves_open_is_content(llm: Llama) -> None:
+    written = '<tool_call>\n{"name": "f", "arguments": {"x"'
+    chat = llm.create_chat_completion(MESSAGES, logits_processor=[writes(llm, written)], max_tokens=100)
+    assert chat["choices"][0]["message"]["content"] == written

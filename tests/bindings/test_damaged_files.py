@@ -112,37 +112,37 @@ def test_values_of_an_mmproj_are_checked_before(values: dict[str, Any], problem:
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The mmproj of the example that reads pictures."""
-    folder = tmp_path_factory.mktemp("eyes")
+def mmproj(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The mmproj of the example that reads images."""
+    folder = tmp_path_factory.mktemp("mmproj")
     job = prepare(VL_TINY, Outtype.BF16, choices=choose())
-    write_gguf(job, folder / "model.gguf", 1, False, lambda _: None, mmproj=folder / "eyes.gguf")
-    return (folder / "eyes.gguf").read_bytes()
+    write_gguf(job, folder / "model.gguf", 1, False, lambda _: None, mmproj=folder / "mmproj.gguf")
+    return (folder / "mmproj.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
     "name", ["v.blk.1.ln2.bias", "v.patch_embd.weight", "mm.temporal.norm.weight", "mm.model.fc.bias"]
 )
-def test_a_tensor_that_an_mmproj_lacks_is_named(eyes: bytes, name: str, tmp_path: Path) -> None:
-    path = tmp_path / "eyes.gguf"
-    path.write_bytes(eyes)
+def test_a_tensor_that_an_mmproj_lacks_is_named(mmproj: bytes, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mmproj.gguf"
+    path.write_bytes(mmproj)
     metadata.check(path, metadata.MMPROJ_CHECKS)
-    path.write_bytes(eyes.replace(name.encode(), name.replace("m", "n").replace("v.", "w.").encode()))
+    path.write_bytes(mmproj.replace(name.encode(), name.replace("m", "n").replace("v.", "w.").encode()))
     with pytest.raises(
-        ValueError, match=f"eyes.gguf cannot be loaded: it holds no tensor {re.escape(name)}; the file is"
+        ValueError, match=f"mmproj.gguf cannot be loaded: it holds no tensor {re.escape(name)}; the file is"
     ):
         metadata.check(path, metadata.MMPROJ_CHECKS)
 
 
 @pytest.mark.parametrize("key", ["patch_size", "embedding_length", "spatial_merge_size", "projection_dim"])
-def test_sizes_of_an_mmproj_are_those_of_its_tensors(eyes: bytes, key: str, tmp_path: Path) -> None:
-    path, name = tmp_path / "eyes.gguf", f"clip.vision.{key}".encode()
-    damaged = bytearray(eyes)
+def test_sizes_of_an_mmproj_are_those_of_its_tensors(mmproj: bytes, key: str, tmp_path: Path) -> None:
+    path, name = tmp_path / "mmproj.gguf", f"clip.vision.{key}".encode()
+    damaged = bytearray(mmproj)
     value = damaged.index(name) + len(name) + 4  # behind the type
     damaged[value : value + 4] = (1 << 12).to_bytes(4, "little")
     path.write_bytes(damaged)
     with pytest.raises(
-        ValueError, match=f"eyes.gguf cannot be loaded: vision.{key} asks for a .* of .*, found .*; the"
+        ValueError, match=f"mmproj.gguf cannot be loaded: vision.{key} asks for a .* of .*, found .*; the"
     ):
         metadata.check(path, metadata.MMPROJ_CHECKS)
 
@@ -191,30 +191,41 @@ def damaged_files(path: str, n: int) -> Iterator[bytes]:
         yield bytes(damaged if rng.random() < 0.95 else damaged[: rng.randrange(8, len(damaged))])
 
 
-def test_no_damaged_file_ends_the_process(bf16: str, tmp_path: Path) -> None:
-    path, outcomes, deaths = tmp_path / "damaged.gguf", set(), []
-    process = None
-    for i, damaged in enumerate(damaged_files(bf16, int(os.environ.get("FUZZ_FILES", "150")))):
-        path.write_bytes(damaged)
-        if process is None:
-            process = subprocess.Popen(
-                [sys.executable, "-c", LOAD],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            )
+class Loader:
+    """A process that loads files, started again when one has ended it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def load(self, path: Path) -> str:
+        """What became of a file: loaded, refused, or how the process ended."""
+        process = self._process = self._process or subprocess.Popen(
+            [sys.executable, "-c", LOAD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         print(path, file=process.stdin, flush=True)
-        outcome = process.stdout.readline().strip()
-        outcomes.add(outcome)
-        if not outcome:
-            process.communicate()
-            deaths.append((i, process.returncode))
-            process = None
-    if process is not None:
-        process.communicate()
-    assert not deaths
-    assert outcomes == {"loaded", "refused"}
+        if outcome := process.stdout.readline().strip():
+            return outcome
+        self.close()
+        return f"ended with {process.returncode}"
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+        self._process = None
+
+
+def test_no_damaged_file_ends_the_process(bf16: str, tmp_path: Path) -> None:
+    path, loader, outcomes = tmp_path / "damaged.gguf", Loader(), []
+    for damaged in damaged_files(bf16, int(os.environ.get("FUZZ_FILES", "150"))):
+        path.write_bytes(damaged)
+        outcomes.append(loader.load(path))
+    loader.close()
+    assert [(i, each) for i, each in enumerate(outcomes) if each not in {"loaded", "refused"}] == []
+    assert set(outcomes) == {"loaded", "refused"}

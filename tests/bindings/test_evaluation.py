@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,45 +227,66 @@ metric_list: [{metric: exact_match}]
 """
 
 
-def test_tasks_of_lm_eval_agree_with_sums_computed_apart(bf16: str, keeps_all: Llama, tmp_path: Path) -> None:
+QUESTIONS = ["def main():\n    return", "import os\nfrom pathlib import", "class Node:\n    def __init__(self"]
+ANSWERS = [[" 0", " None", " False"], [" Path", " os", " x"], ["):", ", x):", "x"]]
+
+
+@pytest.fixture(scope="module")
+def sums(keeps_all: Llama) -> list[list[float]]:
+    """The log probability of each answer after its question."""
+
+    def total(question: str, answer: str) -> float:
+        context, whole = (keeps_all.tokenize(text.encode(), special=True) for text in (question, question + answer))
+        return float(logprobs(keeps_all, whole)[len(context) - 1 :].sum())
+
+    return [[total(question, each) for each in answers] for question, answers in zip(QUESTIONS, ANSWERS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(bf16: str, sums: list[list[float]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What lm_eval says of three tasks about the same questions."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[eval]'")
     from ernie_llama.evaluation import ErnieLlamaLM
     from lm_eval.tasks import TaskManager
 
-    questions = ["def main():\n    return", "import os\nfrom pathlib import", "class Node:\n    def __init__(self"]
-    choices = [[" 0", " None", " False"], [" Path", " os", " x"], ["):", ", x):", "x"]]
-
-    def total(question: str, choice: str) -> float:
-        context, whole = (keeps_all.tokenize(text.encode(), special=True) for text in (question, question + choice))
-        return float(logprobs(keeps_all, whole)[len(context) - 1 :].sum())
-
-    sums = [[total(question, choice) for choice in each] for question, each in zip(questions, choices, strict=True)]
     with Llama(bf16, n_threads=1) as llm:
-        texts = [llm(each, max_tokens=8, temperature=0, stop=["\n\n"])["choices"][0]["text"] for each in questions]
+        texts = [llm(each, max_tokens=8, temperature=0, stop=["\n\n"])["choices"][0]["text"] for each in QUESTIONS]
     rows = [
-        {"question": question, "choices": each, "answer": int(np.argmax(scores)), "continuation": text}
-        for question, each, scores, text in zip(questions, choices, sums, texts, strict=True)
+        {"question": question, "choices": answers, "answer": int(np.argmax(scores)), "continuation": text}
+        for question, answers, scores, text in zip(QUESTIONS, ANSWERS, sums, texts, strict=True)
     ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, task in (("choices", CHOICES), ("perplexity", PERPLEXITY), ("generation", GENERATION)):
-        (tmp_path / f"{name}.yaml").write_text(task.replace("DATA", str(data)))
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = lm_eval.simple_evaluate(
+        (folder / f"{name}.yaml").write_text(task.replace("DATA", str(folder / "data.jsonl")))
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         ErnieLlamaLM(bf16, n_ctx=512, n_threads=1),
         tasks=["choices", "perplexity", "generation"],
-        task_manager=manager,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert results["results"]["choices"]["acc,none"] == 1
-    assert results["results"]["generation"]["exact_match,none"] == 1
-    for sample, expected in zip(results["samples"]["choices"], sums, strict=True):
-        found = [float(response[0][0]) for response in sample["resps"]]
-        np.testing.assert_allclose(found, expected, atol=0.3)
-    bits = 0.0
-    for question in questions:
-        tokens = keeps_all.tokenize(question.encode(), add_bos=False, special=True)
-        bits += float(logprobs(keeps_all, [keeps_all.token_bos(), *tokens]).sum())
-    expected_perplexity = np.exp(-bits / sum(len(question.encode()) for question in questions))
-    assert results["results"]["perplexity"]["byte_perplexity,none"] == pytest.approx(expected_perplexity, rel=0.02)
+    return results
+
+
+def test_lm_eval_chooses_by_the_log_probabilities_of_the_answers(
+    evaluated: dict[str, Any], sums: list[list[float]]
+) -> None:
+    assert evaluated["results"]["choices"]["acc,none"] == 1
+    found = [[float(response[0][0]) for response in each["resps"]] for each in evaluated["samples"]["choices"]]
+    np.testing.assert_allclose(found, sums, atol=0.3)
+
+
+def test_lm_eval_generates_the_text_of_a_completion(evaluated: dict[str, Any]) -> None:
+    assert evaluated["results"]["generation"]["exact_match,none"] == 1
+
+
+def test_the_perplexity_of_lm_eval_is_that_of_the_log_probabilities(
+    evaluated: dict[str, Any], keeps_all: Llama
+) -> None:
+    texts = [
+        [keeps_all.token_bos(), *keeps_all.tokenize(each.encode(), add_bos=False, special=True)] for each in QUESTIONS
+    ]
+    total = sum(float(logprobs(keeps_all, tokens).sum()) for tokens in texts)
+    expected = np.exp(-total / sum(len(each.encode()) for each in QUESTIONS))
+    assert evaluated["results"]["perplexity"]["byte_perplexity,none"] == pytest.approx(expected, rel=0.02)

@@ -1,4 +1,4 @@
-"""Options of `Llama`: placement, KV cache types, adapters, states, embeddings, the prompt cache."""
+"""Options of `Llama`: placement, KV cache types, adapters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from ernie_llama import Llama
 from ernie_llama._engine import params
-from ernie_llama.llama_types import ChatCompletionRequestMessage
 
-from .test_completion import PROMPT, PROMPTS, text
+from .test_completion import PROMPT, text
 
 pytestmark = pytest.mark.build
 
@@ -98,91 +97,6 @@ def test_a_bad_pattern_is_refused(bf16: str) -> None:
         Llama(bf16, n_threads=1, tensor_buft_overrides={"(": "CPU"})
 
 
-def test_a_state_restores_the_evaluated_tokens(bf16: str, llm: Llama) -> None:
-    expected = greedy(llm, LONG)
-    llm.reset()
-    llm.eval(llm.tokenize(LONG.encode(), special=True))
-    state = llm.save_state()
-    assert state.n_tokens == llm.n_tokens
-    greedy(llm, "other text")
-    llm.load_state(state)
-    assert llm.eval_tokens == list(state.input_ids)
-    with pytest.raises(RuntimeError, match="no logits before eval"):
-        _ = llm.logits
-    tokens = [token for token, _ in zip(llm.generate([], temp=0, reset=False), range(8), strict=False)]
-    assert expected.startswith(llm.detokenize(tokens).decode())
-    with Llama(bf16, n_threads=1) as other:
-        other.load_state(state)
-        assert other.n_tokens == state.n_tokens
-        assert [next(other.generate([], temp=0, reset=False))] == tokens[:1]
-
-
-def test_a_state_of_other_options_is_refused(bf16: str, llm: Llama) -> None:
-    llm.eval([5] * 64)
-    with (
-        Llama(bf16, n_threads=1, type_k="q8_0") as other,
-        pytest.raises(ValueError, match="the state does not belong to this model and these options"),
-    ):
-        other.load_state(llm.save_state())
-
-
-def test_a_state_of_another_model_of_the_same_shapes_is_refused(llm: Llama, bf16: str, tmp_path: Path) -> None:
-    data = bytearray(Path(bf16).read_bytes())
-    data[-len(data) // 4 :] = bytes(byte ^ 1 for byte in data[-len(data) // 4 :])
-    (tmp_path / "tuned.gguf").write_bytes(data)
-    llm.eval([5, 6, 7])
-    state = llm.save_state()
-    with Llama(tmp_path / "tuned.gguf", n_threads=1) as other:
-        with pytest.raises(ValueError, match="the state belongs to another model"):
-            other.load_state(state)
-        other.eval([5])  # it is as it was
-    with Llama(bf16, n_threads=1) as same:
-        same.load_state(state)
-        assert same.eval_tokens == [5, 6, 7]
-
-
-def test_embeddings_of_tokens_and_of_texts(bf16: str) -> None:
-    with Llama(bf16, n_threads=1, embedding=True, n_batch=32) as llm:
-        one = llm.embed("import os")
-        assert np.shape(one) == (len(llm.tokenize(b"import os")), 256)
-        assert np.allclose(llm.embed(["x", "import os"])[1], one)
-        n = len(llm.tokenize(LONG.encode()))
-        with pytest.raises(ValueError, match=rf"a text has {n} tokens, expected 1 to 32 \(n_batch\)"):
-            llm.embed(LONG, truncate=False)
-        assert len(llm.embed(LONG)) == 32
-    with Llama(bf16, n_threads=1, embedding=True, pooling_type=1) as llm:
-        assert llm.pooling_type() == 1
-        pooled = llm.embed("import os")
-        assert np.allclose(pooled, np.mean(one, axis=0), atol=0.02)
-        assert np.linalg.norm(llm.embed("import os", normalize=True)) == pytest.approx(1)
-        result = llm.create_embedding(["import os", "x"])
-        assert result["data"][0] == {"object": "embedding", "embedding": pooled, "index": 0}
-        assert result["usage"] == {"prompt_tokens": len(one) + 2, "total_tokens": len(one) + 2}
-
-
-def test_embeddings_of_token_ids(bf16: str) -> None:
-    with Llama(bf16, n_threads=1, embedding=True, pooling_type=1, n_batch=32) as llm:
-        texts = ["import os", "x"]
-        tokens = [llm.tokenize(text.encode()) for text in texts]
-        both = llm.embed(texts)
-        assert llm.embed(tokens) == both
-        assert llm.embed(np.array(tokens[0])) == llm.embed(tokens[0]) == both[0]  # type: ignore[arg-type]  # an array
-        assert llm.embed([tokens[0], "x"]) == both  # type: ignore[arg-type]  # of both kinds
-        assert llm.create_embedding(tokens)["usage"]["prompt_tokens"] == sum(map(len, tokens))
-        with pytest.raises(ValueError, match="token 4096 is not in the vocabulary"):
-            llm.embed([5, 4096])
-        with pytest.raises(ValueError, match=r"a text has 0 tokens"):
-            llm.embed([[]])
-        for wrong in (5, b"x", [b"x"], [5.5], [[5.5]], [None]):
-            with pytest.raises(TypeError, match=r"^(input|a token) "):
-                llm.embed(wrong)  # type: ignore[arg-type]  # the mistake
-
-
-def test_embeddings_need_the_option(llm: Llama) -> None:
-    with pytest.raises(RuntimeError, match="embeddings need Llama"):
-        llm.embed("x")
-
-
 def lora(path: Path, scale: float) -> Path:
     """An adapter of the query projection of block 0, made of noise."""
     rng = np.random.default_rng(1)
@@ -228,41 +142,6 @@ def n_decoded(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(llm._ctx, "decode", counting)
     return counts
-
-
-def test_the_start_of_a_chat_is_not_evaluated_again(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    messages: list[ChatCompletionRequestMessage] = [{"role": "user", "content": LONG}]
-    first = llm.create_chat_completion(messages, max_tokens=4, temperature=0)
-    counts = n_decoded(llm, monkeypatch)
-    messages += [
-        {"role": "assistant", "content": first["choices"][0]["message"]["content"]},
-        {"role": "user", "content": "again"},
-    ]
-    second = llm.create_chat_completion(messages, max_tokens=1, temperature=0)
-    assert counts[0] < 32 < second["usage"]["prompt_tokens"]
-
-
-def test_the_same_prompt_again_is_a_fresh_start(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = greedy(llm, LONG)
-    counts = n_decoded(llm, monkeypatch)
-    assert greedy(llm, LONG) == first
-    assert counts[0] == len(llm.tokenize(LONG.encode(), special=True))
-
-
-def test_without_the_cache_every_prompt_is_a_fresh_start(bf16: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Llama(bf16, n_threads=1, cache_prompt=False) as llm:
-        greedy(llm, LONG, 2)
-        counts = n_decoded(llm, monkeypatch)
-        greedy(llm, LONG + "x = 1", 1)
-        assert counts[0] == len(llm.tokenize((LONG + "x = 1").encode(), special=True))
-
-
-def test_a_kept_prefix_gives_the_text_of_a_fresh_start(bf16: str, llm: Llama) -> None:
-    """Except for the last bits of the logits, which do not matter here."""
-    prompts = [LONG + prompt for prompt in PROMPTS[:3]]
-    kept = [greedy(llm, prompt, 16) for prompt in prompts]
-    with Llama(bf16, n_threads=1, cache_prompt=False) as fresh:
-        assert [greedy(fresh, prompt, 16) for prompt in prompts] == kept
 
 
 def test_an_unreachable_rpc_server_is_refused(bf16: str, llama_bin: Path) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_llama import Llama, LlamaGrammar
+from ernie_llama import (
+    Llama,
+    LlamaGrammar,
+    LogitsProcessorList,
+    MinTokensLogitsProcessor,
+    StoppingCriteriaList,
+)
 from ernie_llama._engine.sampling import Sampling
 
 from .test_completion import PROMPT, PROMPTS, continued, text
@@ -128,3 +134,32 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 def test_an_unknown_option_is_a_type_error(llm: Llama) -> None:
     with pytest.raises(TypeError, match="has no option 'dry_base'"):
         llm(PROMPT, dry_base=0.9)  # type: ignore[call-overload]  # the mistake
+
+
+def test_stopping_criteria_end_generation(llm: Llama) -> None:
+    n_prompt = len(llm.tokenize(PROMPT.encode(), special=True))
+    seen: list[int] = []
+
+    def third(input_ids: npt.NDArray[np.intc], scores: npt.NDArray[np.float32]) -> bool:
+        assert scores.shape == (llm.n_vocab(),)
+        seen.append(len(input_ids) - n_prompt)
+        return len(input_ids) - n_prompt >= 3
+
+    full = text(llm(PROMPT, max_tokens=8, temperature=0))
+    completion = llm(PROMPT, max_tokens=8, temperature=0, stopping_criteria=StoppingCriteriaList([third]))
+    assert completion["usage"]["completion_tokens"] == 3
+    assert completion["choices"][0]["finish_reason"] == "stop"
+    assert full.startswith(text(completion))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_lists_of_processors_and_a_minimum_of_tokens(llm: Llama) -> None:
+    eos = llm.token_eos()
+
+    def only_eos(_input_ids: npt.NDArray[np.intc], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scores[eos] = scores.max() + 1
+        return scores
+
+    processors = LogitsProcessorList([only_eos, MinTokensLogitsProcessor(3, eos)])
+    assert llm(PROMPT, max_tokens=8, temperature=0, logits_processor=processors)["usage"]["completion_tokens"] == 3
+    assert llm(PROMPT, max_tokens=8, temperature=0, logits_processor=only_eos)["usage"]["completion_tokens"] == 0

@@ -316,3 +316,12 @@ def test_files_that_do_not_belong_together(files: Files, tmp_path: Path) -> None
         load(Files(files.checkpoint, files.model, files.model))
     with pytest.raises(FileNotFoundError, match="no such file"):
         load(Files(files.checkpoint, files.model, tmp_path / "absent.gguf"))
+
+
+def test_images_have_no_scores_and_no_embeddings(files: Files) -> None:
+    with load(files) as llm, load(files, embedding=True, logits_all=False) as embeds:
+        ids = entries(llm, [3, -1, 330])
+        with pytest.raises(ValueError, match=r"token -\d+ is not in the vocabulary"):
+            llm.score(ids, 1)
+        with pytest.raises(ValueError, match=r"token -\d+ is not in the vocabulary"):
+            embeds.embed(entries(embeds, [3, -1, 330]))

@@ -1,16 +1,14 @@
-"""Chats: from messages to the request of an answer."""
+"""Chats: from messages to a prompt, and from a request to its answer."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._engine.engine import Engine
 from .._engine.media import Medium
-from .._engine.sampling import Sampling
-from .._engine.seeds import Seeds
 from ..llama_grammar import LlamaGrammar
 from ..llama_types import (
     ChatCompletionRequestMessage,
@@ -27,12 +25,29 @@ from .output import END_THINK, MARKERS
 from .template import ChatTemplate
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A rendered prompt, and what its answer has to be.
+
+    Attributes:
+        ids: token ids, negative ones for images.
+        answer: the grammar of the answer.
+        thinks: whether the answer begins with reasoning.
+        begun: how the answer begins, if the prompt says that.
+    """
+
+    ids: Sequence[int]
+    answer: AnswerGrammar
+    thinks: bool
+    begun: str
+
+
 class Chats:
     """Answers messages with an engine, through the chat template of its model.
 
     Attributes:
         engine: the model and its context.
-        model_path: its file, which names the model in results and messages.
+        model_path: its file, for messages.
     """
 
     def __init__(self, engine: Engine, model_path: str, chat_template: str | None, loaders: Loaders) -> None:
@@ -44,7 +59,7 @@ class Chats:
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
-        """The compiled template; ValueError if there is none."""
+        """The compiled template; ValueError if the file has none."""
         model = self.engine.model
         source = self._chat_template or model.chat_template()
         if not source:
@@ -55,7 +70,7 @@ class Chats:
         bos, eos = model.token_text(model.token_bos()), model.token_text(model.token_eos())
         return ChatTemplate(source, bos_token=bos, eos_token=eos)
 
-    def answer(
+    def prompt(
         self,
         messages: Sequence[ChatCompletionRequestMessage],
         *,
@@ -64,39 +79,26 @@ class Chats:
         response_format: ChatCompletionRequestResponseFormat | None,
         grammar: LlamaGrammar | str | None,
         variables: Mapping[str, Any] | None,
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop: str | Sequence[str] | None,
-        seeds: Seeds,
-        seed: int | None,
-        logprobs: int | None,
-        model: str | None,
-    ) -> ChatResults:
-        """As `Llama.create_chat_completion`; `logprobs` is the number of likeliest tokens to report, or None.
+    ) -> ChatPrompt:
+        """The prompt that asks for an answer to `messages`, see `Llama.create_chat_completion`.
 
         Raises:
-            ValueError: the template, the schema or the context refuses the request, or an option is out of range.
+            ValueError: the template refuses the messages, or there is no grammar for what the answer has to be.
         """
         media: list[Medium] = []
         seen = self._without_media(messages, media)
-        prompt = self.template.prompt(seen, tools=None if tool_choice == "none" else tools, variables=variables)
+        rendered = self.template.prompt(seen, tools=None if tool_choice == "none" else tools, variables=variables)
         answer = AnswerGrammar.of(tools, tool_choice, response_format, grammar)
-        thinks = answer.thinks(prompt.thinks, self.template.source)
-        request = CompletionRequest.checked(
-            self.engine,
-            self._tokens(prompt.text, media),
-            sampling,
-            max_tokens=max_tokens,
-            stop=stop,
-            seeds=seeds,
-            seed=seed,
-            logprobs=logprobs,
-            visible=self._markers,
-        )
+        thinks = answer.thinks(rendered.thinks, self.template.source)
+        return ChatPrompt(self._tokens(rendered.text, media), answer, thinks, rendered.answer)
+
+    def results(self, prompt: ChatPrompt, request: CompletionRequest, model_name: str) -> ChatResults:
+        """The answer to a prompt, once it is generated as `request` says."""
         closing = self._special(f"{END_THINK}\n\n")
-        request = replace(request, sampling=answer.sampling(sampling, thinks, closing, request.limit))
-        name = model if model is not None else self.model_path
-        return ChatResults(Completion(self.engine, request), name, thinking=thinks, begun=prompt.answer)
+        sampling = prompt.answer.sampling(request.sampling, prompt.thinks, closing, request.limit)
+        request = replace(request, sampling=sampling, visible=self._markers)
+        completion = Completion(self.engine, request)
+        return ChatResults(completion, model_name, thinking=prompt.thinks, begun=prompt.begun)
 
     def _without_media(
         self, messages: Sequence[ChatCompletionRequestMessage], media: list[Medium]

@@ -52,7 +52,6 @@ class CompletionRequest:
         seed: int | None,
         logprobs: int | None,
         echo: bool = False,
-        visible: frozenset[int] = frozenset(),
     ) -> CompletionRequest:
         """A request of the options of a call; None for the next of the `seeds`.
 
@@ -74,7 +73,7 @@ class CompletionRequest:
         stops = [stop] if isinstance(stop, str) else stop or ()
         if not isinstance(stops, Sequence) or not all(isinstance(each, str) for each in stops):
             raise TypeError(f"stop is {stop!r}, expected a string or a list of strings")
-        return cls(prompt, sampling, seeds.next(seed), limit, stops, logprobs, echo, visible)
+        return cls(prompt, sampling, seeds.next(seed), limit, stops, logprobs, echo)
 
 
 @dataclass(frozen=True)

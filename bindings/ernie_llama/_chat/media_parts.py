@@ -42,7 +42,7 @@ def medium(part: Mapping[str, Any], loaders: Loaders) -> Medium:
 
 
 def _bytes(kind: str, value: Any, loader: ImageLoader | None) -> bytes:  # noqa: ANN401 - whatever a program passes
-    """The file that a URL means: bytes, a data URL, or what `loader` makes of the rest; ValueError if none of these."""
+    """The file behind a URL: bytes, a data URL, or what `loader` returns for others; ValueError if there is none."""
     url = value.get("url") if isinstance(value, dict) else value
     if isinstance(url, bytes):
         return url

@@ -37,12 +37,12 @@ class Abilities:
     developer: bool = False
 
 
-def check(messages: Any) -> None:  # noqa: ANN401 - whatever a program passes
+def check(messages: Any) -> None:  # noqa: ANN401 - what a program passes
     """Check what a template would not: many write nothing for a role or a content that they do not know.
 
     Raises:
-        TypeError: the messages are no list of dictionaries.
-        ValueError: there are none, or one is not what it should be.
+        TypeError: the messages are not a list of dictionaries.
+        ValueError: there is no message, or one has a wrong role or content.
     """
     if (
         isinstance(messages, str | bytes | Mapping)
@@ -68,7 +68,7 @@ def normalized(messages: Sequence[ChatCompletionRequestMessage], abilities: Abil
     """Checked messages in the form that a template with these abilities reads.
 
     Raises:
-        ValueError: a message holds a part or a call that is none.
+        ValueError: a part or a call of a message has the wrong form.
     """
     found = [_normalized(i, message, abilities) for i, message in enumerate(messages)]
     if found and found[0]["role"] == "system" and not abilities.system:
@@ -159,7 +159,7 @@ def normalized_tools(tools: Sequence[ChatCompletionTool] | None) -> list[dict[st
     """Tools in the form that templates read.
 
     Raises:
-        ValueError: one is no function.
+        ValueError: one is not a function.
     """
     found = []
     for i, tool in enumerate(tools or ()):
@@ -181,7 +181,7 @@ def without_media(
     """The message with parts of `marker` in place of those that show something, which is added to `found`.
 
     Raises:
-        ValueError: an image or a video cannot be had.
+        ValueError: an image or a video cannot be loaded.
     """
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):

@@ -26,7 +26,7 @@ def longest_token_prefix(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
 
 
 class Sequence:
-    """Sequence 0 of a context, of which it is the only owner: all that is evaluated or forgotten goes through here.
+    """Sequence 0 of a context, the only one but for scoring. Whoever else evaluates calls `keep` or `replaced` then.
 
     Its methods use the context: callers hold a lease of it.
 
@@ -134,7 +134,7 @@ class Sequence:
         return self._context.logits_row(self.row)
 
     def replaced(self, ids: abc.Sequence[int]) -> None:
-        """Take note that the context holds `ids` now, and the logits of the last one."""
+        """Record that the context now holds `ids`, and the logits of the last one."""
         self.ids, self.position, self.row = list(ids), self._images.n_positions(ids), -1
 
     def restore(self, ids: list[int], state: bytes) -> None:

@@ -24,7 +24,7 @@ from .model import Model
 class Image:
     """An image or a video of a prompt: `tokens` embeddings, which take `positions` of the context's positions.
 
-    `digest` tells them apart: it is made of their bytes. `chunk` owns the preprocessed pixels.
+    `digest` is the SHA-256 of what it is made of; `chunk` owns the preprocessed pixels.
     """
 
     digest: str
@@ -55,11 +55,11 @@ class VisionEncoder(Handle):
             path: the GGUF file.
             model: the text model.
             n_threads: threads; None for libmtmd's default.
-            image_max_tokens: tokens of an image at most; 0 for what the file says.
+            image_max_tokens: maximum number of tokens per image; 0 for the file's limit.
 
         Raises:
             OSError: there is no such file.
-            ValueError: it is no mmproj, or one of another model.
+            ValueError: it is not an mmproj, or belongs to another model.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -85,7 +85,7 @@ class VisionEncoder(Handle):
         """Tokens of a prompt in which `marker` stands for each of the images and videos.
 
         Raises:
-            ValueError: one of them cannot be read, or there are more or fewer than markers.
+            ValueError: one of them cannot be read, or their number and that of the markers differ.
         """
         count: Counter[str] = Counter()
         with ExitStack() as stack:
@@ -139,7 +139,7 @@ class VisionEncoder(Handle):
         """The embeddings of an image, [tokens, n_embd]; valid until the next call.
 
         Raises:
-            RuntimeError: libmtmd fails, such as for want of memory.
+            RuntimeError: libmtmd fails, for example when memory is short.
         """
         LOG.forget()
         if self._library.mtmd_encode_chunk(self.pointer, image.chunk.pointer):

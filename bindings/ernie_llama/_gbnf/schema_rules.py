@@ -51,7 +51,7 @@ def refusal(place: str, what: str) -> ValueError:
 
 
 def wrong(place: str, value: Any, expected: str) -> ValueError:  # noqa: ANN401 - parsed JSON
-    """The error of a value that is none for its keyword."""
+    """The error for a value that its keyword does not allow."""
     return refusal(place, f"found {json.dumps(value, default=str)[:80]}, expected {expected}")
 
 

@@ -123,7 +123,7 @@ def load() -> ctypes.CDLL:
     """Load libmtmd from the folder of libllama and declare `FUNCTIONS`.
 
     Raises:
-        OSError: there is none, or it is of another version.
+        OSError: libmtmd is missing, or belongs to another version of llama.cpp.
     """
     load_llama()
     path = library_path().with_name(LIBRARY_NAME)

@@ -1,4 +1,4 @@
-"""Picture files become the pixels that transformers' image loader makes of them, or an error."""
+"""Image files become the pixels that transformers' image loader makes of them, or an error."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def pixels_of(data: bytes) -> Pixels:
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_are_upright(orientation: int) -> None:
+def test_images_are_upright(orientation: int) -> None:
     np.testing.assert_array_equal(pixels_of(oriented(orientation)), UPRIGHT[orientation])
 
 
@@ -154,6 +154,6 @@ def test_a_truncated_jpeg_is_refused(part: float) -> None:
         (png.encode(RGB)[:16] + struct.pack(">II", 60_000, 60_000) + png.encode(RGB)[24:], "^is not|^is damaged"),
     ],
 )
-def test_what_is_no_picture_is_refused(data: bytes, message: str) -> None:
+def test_what_is_no_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decoded(data)
