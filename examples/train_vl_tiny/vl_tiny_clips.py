@@ -21,7 +21,6 @@ from vl_tiny_pictures import (
     MOVE,
     READ,
     SIDES,
-    STEPS,
     placeholder,
     prompt,
     stamp,
@@ -95,14 +94,14 @@ class Filmer:
         return self.film(frames, cells, rng.choice(RATES)), [drawer.answers(*text) for text in texts]
 
     def move(self, n: int) -> tuple[Seen, torch.Tensor]:
-        """A square that moves to the left or to the right, and the answers."""
+        """A square that crosses the clip to the left or to the right, and the answers."""
         drawer, rng = self.drawer, self.drawer.rng
         (width, height), count = rng.choice(CLIP_SIZES), rng.choice(FRAMES)
         ink, ground = drawer.rgb[drawer.colors(n)].unbind(1)
         side, direction = SIDES[0] + self._below(n, len(SIDES)), self._below(n, 2)
-        step = STEPS[0] + self._below(n, len(STEPS))
-        step = torch.minimum(step, (width - side) // (count - 1))
-        begin, top = self._below(n, width - side - step * (count - 1) + 1), self._below(n, height - side + 1)
+        room = width - side  # of which it crosses three quarters or more
+        step = (room - self._below(n, room // 4 + 1)) // (count - 1)
+        begin, top = self._below(n, room - step * (count - 1) + 1), self._below(n, height - side + 1)
         number = torch.arange(count, device=drawer.device)
         left = begin[:, None] + step[:, None] * torch.where(direction[:, None] == 1, number, count - 1 - number)
         across, down = torch.arange(width, device=drawer.device), torch.arange(height, device=drawer.device)

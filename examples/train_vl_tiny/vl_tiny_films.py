@@ -24,7 +24,6 @@ from vl_tiny_pictures import (
     MOVE,
     PAIRS,
     SIDES,
-    STEPS,
     draw,
     random_text,
 )
@@ -63,8 +62,9 @@ def film_of_square(rng: random.Random, direction: str) -> Film:
     """A square that moves."""
     (width, height), count, side = rng.choice(CLIP_SIZES), rng.choice(FRAMES), rng.choice(SIDES)
     ink, ground = (COLORS[name] for name in rng.choice(PAIRS))
-    step = min(rng.choice(STEPS), (width - side) // (count - 1))
-    begin, top = rng.randint(0, width - side - step * (count - 1)), rng.randint(0, height - side)
+    room = width - side  # of which it crosses three quarters or more
+    step = (room - rng.randint(0, room // 4)) // (count - 1)
+    begin, top = rng.randint(0, room - step * (count - 1)), rng.randint(0, height - side)
     frames = []
     for number in range(count) if direction == "right" else reversed(range(count)):
         image = Image.new("RGB", (width, height), ground)

@@ -49,7 +49,7 @@ FIRST_VISION = VOCAB - len(VISION_TOKENS)
 
 READ, COLOR = "What is written here?", "What color is the text?"
 FIRST, LAST, MOVE = "What came first?", "What came last?", "Moving left or right?"
-SIDES, STEPS = range(14, 31), range(6, 17)  # pixels of a square, and of a step from frame to frame
+SIDES = range(14, 31)  # pixels of a square
 
 CHAT_TEMPLATE = """\
 {{- '<|begin_of_sentence|>' -}}
