@@ -119,6 +119,41 @@ def test_preprocessor_of_the_checkpoint(tmp_path: Path) -> None:
     assert eyes.metadata["clip.vision.image_std"] == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_video_preprocessor_of_the_checkpoint(tmp_path: Path) -> None:
+    """In a file of its own, or transformers 5's file of all processors; without either the mmproj has no keys."""
+    source = make_vl(tmp_path / "vl", SPEC)
+    _, eyes = convert(source, tmp_path / "none")
+    assert not [key for key in eyes.metadata if "video" in key]
+    values = {"size": {"shortest_edge": 784, "longest_edge": 78400}, "min_frames": 4, "max_frames": 32, "fps": 1}
+    expected = {"min_pixels": 784, "max_pixels": 78400, "min_frames": 4, "max_frames": 32, "fps": 1.0}
+    for name, content in (
+        ("processor_config.json", {"image_processor": {}, "video_processor": {**values, "draw_on_frames": False}}),
+        ("video_preprocessor_config.json", {**values, "fps": None, "temporal_patch_size": 2}),
+    ):
+        (source / name).write_text(json.dumps(content))
+        _, eyes = convert(source, tmp_path / name)
+        found = {key.removeprefix("clip.vision.video_"): eyes.metadata[key] for key in eyes.metadata if "video" in key}
+        own = name.startswith("video")
+        assert found == {**expected, "fps": 2.0 if own else 1.0, "draw_time": own}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": {"shortest_edge": 0}}, r"json\.size: shortest_edge: expected an integer from 1 to"),
+        ({"min_frames": 9, "max_frames": 8}, "max_frames: expected an integer from 9 to 4096, found 8"),
+        ({"fps": -1}, "fps: expected a finite number above 0, found -1"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size: expected 2, found 1"),
+        ({"draw_on_frames": "no"}, "draw_on_frames: expected true or false, found 'no'"),
+    ],
+)
+def test_bad_video_preprocessors(tmp_path: Path, values: dict[str, object], message: str) -> None:
+    source = make_vl(tmp_path / "vl", SPEC)
+    (source / "video_preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"video_preprocessor_config.*{message}"):
+        convert(source, tmp_path / "out")
+
+
 def test_types(tmp_path: Path) -> None:
     source = make_vl(tmp_path / "vl", SPEC)
 

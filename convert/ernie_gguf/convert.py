@@ -19,7 +19,7 @@ from .checkpoint.k_order import KOrder
 from .checkpoint.names import collect
 from .checkpoint.shards import TensorHeader, read_headers, stale_weights
 from .checkpoint.source import checkpoint_folder
-from .checkpoint.vision_config import read_preprocessor, read_video_preprocessor
+from .checkpoint.vision_config import read_preprocessor
 from .checkpoint.vocab import Vocab, read_vocab
 from .errors import CheckpointError, OutputError
 from .files import free_bytes, replacing
@@ -182,8 +182,7 @@ def file_header(job: Job, files: list[Plan], number: int) -> GGUFWriter:
 def projector_header(job: Job, plan: Plan) -> GGUFWriter:
     """Metadata and tensor table of the mmproj."""
     writer = GGUFWriter(None, "clip")
-    eyes, video = read_preprocessor(job.source), read_video_preprocessor(job.source)
-    write_projector(writer, model_name(job.source), job.config, eyes, video, plan)
+    write_projector(writer, model_name(job.source), job.config, read_preprocessor(job.source), plan)
     return _with_tensors(writer, plan)
 
 

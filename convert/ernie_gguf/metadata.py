@@ -17,7 +17,7 @@ from .checkpoint.chat_templates import DEFAULT
 from .checkpoint.config import ErnieConfig, MoeConfig
 from .checkpoint.k_order import KOrder
 from .checkpoint.paddle_ccq import CCQ2
-from .checkpoint.vision_config import Preprocessor, VideoPreprocessor
+from .checkpoint.vision_config import Preprocessor
 from .checkpoint.vocab import Vocab
 from .expected import Role
 from .gguf_file.outtype import Outtype, VisionTokens
@@ -107,15 +107,8 @@ def _write_vision(writer: GGUFWriter, config: ErnieConfig, tokens: VisionTokens)
     writer.add_array(VISION_TOKENS_KEY.format(arch=config.arch), list(found))
 
 
-def write_projector(
-    writer: GGUFWriter,
-    name: str,
-    config: ErnieConfig,
-    eyes: Preprocessor,
-    video: VideoPreprocessor | None,
-    plan: Plan,
-) -> None:
-    """Add every key of the mmproj, as llama.cpp's `clip.cpp` reads them; without `video` it takes ERNIE's numbers."""
+def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Preprocessor, plan: Plan) -> None:
+    """Add every key of the mmproj, as llama.cpp's `clip.cpp` reads them; without those of video it takes ERNIE's."""
     if (vision := config.vision) is None:
         raise ValueError(f"{name} has no eyes")
     writer.add_type(GGUFType.MMPROJ)
@@ -139,7 +132,7 @@ def write_projector(
     writer.add_vision_max_pixels(eyes.max_pixels)
     writer.add_vision_image_mean(list(eyes.mean))
     writer.add_vision_image_std(list(eyes.std))
-    if video is not None:
+    if (video := eyes.video) is not None:
         writer.add_uint32("clip.vision.video_min_pixels", video.min_pixels)
         writer.add_uint32("clip.vision.video_max_pixels", video.max_pixels)
         writer.add_uint32("clip.vision.video_min_frames", video.min_frames)

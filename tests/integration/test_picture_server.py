@@ -110,10 +110,13 @@ def test_the_cache_tells_pictures_of_a_size_apart(server: Server) -> None:
 
 
 BAD = {
-    "none": (b"none", "Failed to load image or audio file 1 (4 bytes): it is damaged or of an unsupported format"),
+    "none": (
+        b"none",
+        "Failed to load image, audio or video file 1 (4 bytes): it is damaged or of an unsupported format",
+    ),
     "truncated": (
         PICTURES[0][:200],
-        "Failed to load image or audio file 1 (200 bytes): it is damaged or of an unsupported format",
+        "Failed to load image, audio or video file 1 (200 bytes): it is damaged or of an unsupported format",
     ),
     "endless": (
         ENDLESS,
@@ -131,7 +134,7 @@ def test_bad_pictures_leave_the_server_alive(server: Server, name: str) -> None:
 
 def test_the_second_picture_is_bad(server: Server) -> None:
     status, message = server.error(PICTURES[0], PICTURES[1][:300], "What is this?")
-    assert (status, message[:39]) == (400, "Failed to load image or audio file 2 (3")
+    assert (status, message[:46]) == (400, "Failed to load image, audio or video file 2 (3")
 
 
 def test_the_smallest_picture_is_enlarged(server: Server) -> None:

@@ -15,7 +15,7 @@ from .json_object import JsonObject, read_object, shown
 PLACEHOLDER, FIRST_MARK, LAST_MARK = 100295, 101304, 101307
 MAX_SIZE = 1 << 20
 MAX_PIXELS = 1 << 30
-MAX_FRAMES = 1 << 16
+MAX_FRAMES = 1 << 12  # ffmpeg is told each by its number
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,6 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class Preprocessor:
-    """How a picture becomes patches: pixels after resizing, and the normalization of values from 0 to 1."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 6177 * 28 * 28
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
 class VideoPreprocessor:
     """Which frames of a video the model is shown, and how: pixels of a frame after resizing, frames per second."""
 
@@ -56,6 +46,20 @@ class VideoPreprocessor:
     max_frames: int = 180
     fps: float = 2.0
     draw_time: bool = True
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """How a picture becomes patches: pixels after resizing, and the normalization of values from 0 to 1.
+
+    `video` is None if the checkpoint says nothing of videos.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 6177 * 28 * 28
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    video: VideoPreprocessor | None = None
 
 
 def merged_values(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -192,16 +196,17 @@ def _pixels(config: JsonObject, low: int, high: int) -> tuple[int, int]:
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
-    """The picture's numbers of preprocessor_config.json, or of processor_config.json, or ERNIE's own."""
+    """The picture's numbers of preprocessor_config.json, or of processor_config.json, or ERNIE's own; the video's."""
     config = _processor(folder, ("preprocessor_config.json", "processor_config.json"), "image_processor")
-    default = Preprocessor()
+    default = Preprocessor(video=_video_preprocessor(folder))
     if config is None:
         return default
     pixels = _pixels(config, default.min_pixels, default.max_pixels)
-    return Preprocessor(*pixels, _three(config, "image_mean", default.mean), _three(config, "image_std", default.std))
+    mean, std = _three(config, "image_mean", default.mean), _three(config, "image_std", default.std)
+    return Preprocessor(*pixels, mean, std, default.video)
 
 
-def read_video_preprocessor(folder: Path) -> VideoPreprocessor | None:
+def _video_preprocessor(folder: Path) -> VideoPreprocessor | None:
     """The video's numbers of video_preprocessor_config.json or processor_config.json; None if neither has any."""
     config = _processor(folder, ("video_preprocessor_config.json", "processor_config.json"), "video_processor")
     if config is None or config.where == "processor_config.json":
