@@ -20,16 +20,10 @@ from typing import Any
 
 import numpy as np
 from common import add_folder, add_rounds, add_threads, benchmark_parser, machine, nvidia_smi, positive, report
-from ernie_llama import Llama, _mtmd
+from ernie_llama import Llama
+from ernie_llama._engine.vision import Image, VisionEncoder
+from ernie_llama._lib import mtmd
 from pictures_speed import make_files, memory, milliseconds, table, work_memory
-
-CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-    ctypes.POINTER(ctypes.c_void_p),
-    ctypes.POINTER(ctypes.c_void_p),
-)
 
 
 def pixels(side: int) -> bytes:
@@ -37,22 +31,20 @@ def pixels(side: int) -> bytes:
     return np.random.default_rng(2).integers(0, 256, (side, side, 3), dtype=np.uint8).tobytes()
 
 
-def prepared(eyes: _mtmd.Eyes, bitmaps: list[int]) -> _mtmd.Picture:
+def prepared(eyes: VisionEncoder, bitmaps: list[int]) -> Image:
     """The chunk of a video, or of the frames of a pair."""
     try:
         parts = eyes._tokenize(eyes.marker * len(bitmaps), bitmaps, False, ["0" * 64])
     finally:
         for bitmap in bitmaps:
-            _mtmd.load().mtmd_bitmap_free(bitmap)
+            mtmd.load().mtmd_bitmap_free(bitmap)
     (chunk,) = (part for part in parts if not isinstance(part, int))
     return chunk
 
 
-def video(eyes: _mtmd.Eyes, frames: int, side: int) -> _mtmd.Picture:
+def video(eyes: VisionEncoder, frames: int, side: int) -> Image:
     """So many frames as ERNIE takes them."""
-    library, data = _mtmd.load(), pixels(side)
-    library.mtmd_bitmap_init_lazy.restype = ctypes.c_void_p
-    library.mtmd_bitmap_init_lazy.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, CALLBACK]
+    library, data = mtmd.load(), pixels(side)
 
     def emit(i: int, _user: object, out: ctypes._Pointer[ctypes.c_void_p], _text: object) -> int:
         if i == frames:
@@ -60,13 +52,13 @@ def video(eyes: _mtmd.Eyes, frames: int, side: int) -> _mtmd.Picture:
         out[0] = library.mtmd_bitmap_init(side, side, data)
         return 0
 
-    callback = CALLBACK(emit)
+    callback = mtmd.mtmd_bitmap_lazy_callback(emit)
     return prepared(eyes, [library.mtmd_bitmap_init_lazy(eyes.pointer, None, None, callback)])
 
 
-def pair(eyes: _mtmd.Eyes, side: int) -> _mtmd.Picture:
+def pair(eyes: VisionEncoder, side: int) -> Image:
     """Two frames as Qwen2-VL takes them."""
-    library, data = _mtmd.load(), pixels(side)
+    library, data = mtmd.load(), pixels(side)
     library.mtmd_bitmap_set_mergeable.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     library.mtmd_bitmap_set_mergeable.restype = None
     bitmaps = [library.mtmd_bitmap_init(side, side, data) for _ in range(2)]
@@ -85,7 +77,7 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
     return all_of_them
 
 
-def rows(own: _mtmd.Eyes, peer: _mtmd.Eyes, options: argparse.Namespace) -> list[list[Any]]:
+def rows(own: VisionEncoder, peer: VisionEncoder, options: argparse.Namespace) -> list[list[Any]]:
     """The figures of each number of frames."""
     gpu, out = options.device == "cuda", []
     theirs = pair(peer, options.side)
@@ -123,10 +115,10 @@ def main() -> None:
         files = make_files(Path(name), options.blocks)
         common: dict[str, Any] = {"n_ctx": 512, "n_threads": options.threads, "n_gpu_layers": 99 if gpu else 0}
         with Llama(files.vl, mmproj_path=files.eyes, **common) as seeing, Llama(files.text, **common) as reading:
-            own = seeing._engine.pictures.eyes
+            own = seeing._engine.images.encoder
             if own is None:
                 raise ValueError("the mmproj was not loaded")
-            peer = _mtmd.Eyes(files.qwen, reading._model, threads=options.threads, gpu=gpu)
+            peer = VisionEncoder(files.qwen, reading._model, options.threads)
             found = rows(own, peer, options)
     results = {"machine": machine(nvidia_smi("name")[0] if gpu else ""), "blocks": options.blocks, "videos": found}
     columns = ("frames", "tokens", "tower ms", "Qwen2-VL's ms", "ratio", "frames MB", "MB", "Qwen2-VL's MB")

@@ -11,7 +11,7 @@ of llama.h that these bindings declare are attributes of this package too, as in
 from typing import Any
 
 from . import llama_cache, llama_chat_format, llama_cpp, llama_speculative, llama_tokenizer, llama_types
-from ._chat.image_url import load_local_image
+from ._chat.media_parts import load_local_image, load_local_video
 from ._engine.dry_run import DeviceMemory, DryRun, device_memory, dry_run
 from ._engine.model import check_gguf
 from ._engine.processors import (
@@ -68,6 +68,7 @@ __all__ = [
     "llama_tokenizer",
     "llama_types",
     "load_local_image",
+    "load_local_video",
 ]
 
 

@@ -12,8 +12,8 @@ from . import _rare_options
 from ._chat.chats import Chats
 from ._chat.completion import Completion, CompletionRequest
 from ._chat.completion_results import CompletionResults
-from ._chat.image_url import ImageLoader
 from ._chat.logprobs import log_softmax
+from ._chat.media_parts import ImageLoader, Loaders, VideoLoader
 from ._engine import checks, params, scoring
 from ._engine.context import Context
 from ._engine.embedding import embed, embedding_tokens
@@ -100,6 +100,7 @@ class Llama:
         mmproj_path: str | os.PathLike[str] | None = None,
         image_max_tokens: int = 0,
         image_loader: ImageLoader | None = None,
+        video_loader: VideoLoader | None = None,
         cache_prompt: bool = True,
         draft_model: LlamaDraftModel | None = None,
         verbose: bool = False,
@@ -140,10 +141,11 @@ class Llama:
             lora_path: a LoRA adapter in a GGUF file.
             lora_scale: strength of the adapter.
             chat_template: Jinja text to use instead of the file's template.
-            mmproj_path: the GGUF file of the model's vision encoder, for messages with `image_url` parts.
+            mmproj_path: the GGUF file of the model's vision encoder, for messages with images and videos.
             image_max_tokens: maximum number of tokens per image; larger images are scaled down. 0 for the file's limit.
             image_loader: returns the bytes of an image whose URL is not a data: URL; `load_local_image` reads local
                 files. Without a loader, such URLs are refused.
+            video_loader: the same for videos, with `load_local_video`.
             cache_prompt: evaluate only what follows the prefix shared with the last prompt (if that has 32 tokens or
                 more). llama.cpp uses other kernels for other batch sizes, so the logits may differ in their last bits
                 from those of a fresh start; False starts every call afresh.
@@ -212,7 +214,7 @@ class Llama:
             draft_model=draft_model,
             encoder=None if mmproj is None else VisionEncoder(mmproj, self._model, n_threads, image_max_tokens),
         )
-        self._chats = Chats(self._engine, self.model_path, chat_template, image_loader)
+        self._chats = Chats(self._engine, self.model_path, chat_template, Loaders(image_loader, video_loader))
         self.n_batch = self._ctx.n_batch
 
     def close(self) -> None:

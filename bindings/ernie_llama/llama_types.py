@@ -266,8 +266,26 @@ class ChatCompletionRequestMessageContentPartImage(TypedDict):
     image_url: str | ChatCompletionRequestMessageContentPartImageImageUrl
 
 
+class ChatCompletionRequestMessageContentPartVideoUrl(TypedDict):
+    """A video file in a message."""
+
+    type: Literal["video_url"]
+    video_url: str | dict[Literal["url"], str]
+
+
+class ChatCompletionRequestMessageContentPartVideo(TypedDict):
+    """Frames of a video in a message: images of Pillow or arrays, and how many there are in a second."""
+
+    type: Literal["video"]
+    video: Any
+    fps: float
+
+
 ChatCompletionRequestMessageContentPart: TypeAlias = (
-    ChatCompletionRequestMessageContentPartText | ChatCompletionRequestMessageContentPartImage
+    ChatCompletionRequestMessageContentPartText
+    | ChatCompletionRequestMessageContentPartImage
+    | ChatCompletionRequestMessageContentPartVideoUrl
+    | ChatCompletionRequestMessageContentPartVideo
 )
 ChatCompletionFunction = ChatCompletionFunctions = ChatCompletionToolFunction
 ChatCompletionRequestFunctionCallOption = ChatCompletionFunctionCallOption

@@ -20,6 +20,7 @@ from ernie_gguf.gguf_file.outtype import FloatType, Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_gguf.plan import choose
 from ernie_llama import Llama
+from ernie_llama._engine.media import ImageFile
 from ernie_llama._engine.vision import Image
 from ernie_llama._lib import library, mtmd
 from reference import vl_golden
@@ -88,7 +89,7 @@ def picture(llm: Llama, data: bytes) -> Image:
     """A picture's entry of a sequence, without the text that announces it."""
     encoder = llm._engine.images.encoder
     assert encoder is not None
-    parts = encoder.tokenize(encoder.marker, [data], add_special=False)
+    parts = encoder.tokenize(encoder.marker, [ImageFile(data)], add_special=False)
     (found,) = (part for part in parts if not isinstance(part, int))
     return found
 
@@ -275,7 +276,8 @@ def test_pictures_are_announced_by_their_number(files: Files) -> None:
     with load(files) as llm:
         encoder = llm._engine.images.encoder
         assert encoder is not None
-        parts = encoder.tokenize(f"User: {encoder.marker}, {encoder.marker}?", PICTURES[:2], add_special=False)
+        images = [ImageFile(data) for data in PICTURES[:2]]
+        parts = encoder.tokenize(f"User: {encoder.marker}, {encoder.marker}?", images, add_special=False)
         begin, rest = "User: Picture 1:<|IMAGE_START|>", "<|IMAGE_END|>, Picture 2:<|IMAGE_START|>"
         texts: list[list[int]] = [[]]
         for part in parts:

@@ -17,7 +17,10 @@ from ernie_gguf.convert import prepare, write_gguf
 from ernie_gguf.gguf_file.outtype import FloatType, Outtype
 from ernie_gguf.gguf_file.reader import read_gguf
 from ernie_gguf.plan import choose
-from ernie_llama import Llama, _library, _mtmd
+from ernie_llama import Llama
+from ernie_llama._engine.media import ImageFile, VideoFrames
+from ernie_llama._engine.vision import Image, VisionEncoder
+from ernie_llama._lib import library, mtmd
 from reference import video_golden
 from reference.golden import Floats, sampled_ids
 from reference.video_golden import PROMPTS, RESIZED, TIMED, TIMES, VIDEOS, GoldenVideos
@@ -63,8 +66,8 @@ def llm(files: Files) -> Iterator[Llama]:
 
 
 def loaded(files: Files, **options: object) -> Llama:
-    llama, mtmd = _library.load(), _mtmd.load()
-    context_defaults, eyes_defaults = llama.llama_context_default_params, mtmd.mtmd_context_params_default
+    llama, libmtmd = library.load(), mtmd.load()
+    context_defaults, eyes_defaults = llama.llama_context_default_params, libmtmd.mtmd_context_params_default
 
     def context() -> object:
         params = context_defaults()
@@ -79,13 +82,13 @@ def loaded(files: Files, **options: object) -> Llama:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama, "llama_context_default_params", context)
-        patch.setattr(mtmd, "mtmd_context_params_default", eyes)
+        patch.setattr(libmtmd, "mtmd_context_params_default", eyes)
         defaults = {"n_ctx": 1024, "n_threads": 1, "logits_all": True, "cache_prompt": False}
         return Llama(files.model, mmproj_path=files.eyes, **(defaults | options))  # type: ignore[arg-type]
 
 
-def eyes_of(llm: Llama) -> _mtmd.Eyes:
-    found = llm._engine.pictures.eyes
+def eyes_of(llm: Llama) -> VisionEncoder:
+    found = llm._engine.images.encoder
     assert found is not None
     return found
 
@@ -97,21 +100,21 @@ def relative(found: Floats, expected: Floats) -> float:
 def logits(llm: Llama, parts: Sequence[int]) -> Floats:
     """At every position, [m, V]; NaN for pictures and videos."""
     eyes = eyes_of(llm)
-    found: list[int | _mtmd.Picture] = []
+    found: list[int | Image] = []
     for part in parts:
         if part >= 0:
             found.append(part)
         elif part > -101:
             found += [
                 each
-                for each in eyes.tokenize(eyes.marker, [PICTURES[-1 - part]], add_special=False)
+                for each in eyes.tokenize(eyes.marker, [ImageFile(PICTURES[-1 - part])], add_special=False)
                 if not isinstance(each, int)
             ]
         else:
             chunk = videos.of_frames(eyes, VIDEOS[-101 - part])
-            found.append(_mtmd.Picture(f"{-part:064x}", chunk.tokens, chunk.positions, chunk.chunk))
+            found.append(Image(f"{-part:064x}", chunk.tokens, chunk.positions, chunk.chunk))
     llm.reset()
-    llm.eval(llm._engine.pictures.ids(found))
+    llm.eval(llm._engine.images.ids(found))
     return llm.scores.copy()
 
 
@@ -222,16 +225,10 @@ def test_sizes_of_frames(llm: Llama) -> None:
 
 
 def test_videos_are_announced_by_their_number(llm: Llama) -> None:
-    eyes, library = eyes_of(llm), videos.library()
-    lazies = [videos.lazy(drawn(2, 56, 56, seed)) for seed in range(2)]
-    bitmaps = [lazy.bitmap(eyes) for lazy in lazies]
-    picture = eyes._bitmap(0, PICTURES[0])
-    try:
-        marks = f"{eyes.marker}{eyes.marker}, {eyes.marker}?"
-        parts = eyes._tokenize(marks, [bitmaps[0], picture, bitmaps[1]], False, ["0" * 64] * 3)
-    finally:
-        for bitmap in (*bitmaps, picture):
-            library.mtmd_bitmap_free(bitmap)
+    eyes = eyes_of(llm)
+    first, second = (VideoFrames.of(drawn(2, 56, 56, seed), 2) for seed in range(2))
+    marks = f"{eyes.marker}{eyes.marker}, {eyes.marker}?"
+    parts = eyes.tokenize(marks, [first, ImageFile(PICTURES[0]), second], add_special=False)
     texts: list[list[int]] = [[]]
     for part in parts:
         if isinstance(part, int):

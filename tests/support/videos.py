@@ -6,54 +6,19 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_int32, c_void_p
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ernie_llama import _mtmd
+from ernie_llama._engine.vision import Image, VisionEncoder
+from ernie_llama._lib import mtmd
 
 Frames = npt.NDArray[np.uint8]  # [frames, height, width, 3]
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None, reason="ffmpeg is not installed"
 )
-
-_CALLBACK = ctypes.CFUNCTYPE(c_int, c_size_t, c_void_p, POINTER(c_void_p), POINTER(c_void_p))
-
-
-class VideoParams(ctypes.Structure):
-    """mtmd_helper_init_opt."""
-
-    _fields_ = [("fps_target", c_float), ("ffmpeg_bin_dir", c_char_p), ("timestamp_interval_ms", c_int64)]
-
-
-class Wrapper(ctypes.Structure):
-    """mtmd_helper_bitmap_wrapper."""
-
-    _fields_ = [("bitmap", c_void_p), ("video", c_void_p)]
-
-
-def library() -> ctypes.CDLL:
-    """libmtmd with the functions of videos declared."""
-    found = _mtmd.load()
-    for name, result, arguments in (
-        ("mtmd_bitmap_init_lazy", c_void_p, [c_void_p, c_char_p, c_void_p, _CALLBACK]),
-        ("mtmd_bitmap_set_time", None, [c_void_p, c_double]),
-        ("mtmd_helper_init_opt_default", VideoParams, []),
-        ("mtmd_helper_bitmap_init_from_buf", Wrapper, [c_void_p, c_char_p, c_size_t, ctypes.c_bool, VideoParams]),
-        ("mtmd_helper_video_free", None, [c_void_p]),
-        ("mtmd_helper_get_error", c_char_p, []),
-        ("mtmd_tokenize_get_error", c_char_p, []),
-        (
-            "mtmd_helper_video_frames",
-            c_int32,
-            [c_void_p, c_int64, c_double, c_float, POINTER(c_int32), c_size_t],
-        ),
-    ):
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
 
 
 def drawn(count: int, width: int, height: int, seed: int = 0) -> Frames:
@@ -75,7 +40,7 @@ def encoded(path: Path, frames: Frames, rate: str = "2", *options: str) -> bytes
     return path.read_bytes()
 
 
-def _part(eyes: _mtmd.Eyes, bitmap: int, digest: str) -> _mtmd.Picture:
+def _part(eyes: VisionEncoder, bitmap: int, digest: str) -> Image:
     parts = eyes._tokenize(eyes.marker, [bitmap], False, [digest])
     (found,) = (part for part in parts if not isinstance(part, int))
     return found
@@ -85,7 +50,7 @@ class lazy:  # noqa: N801 - as closing() and suppress()
     """Frames in memory as libmtmd takes them, one by one; to be kept until it has."""
 
     def __init__(self, frames: Frames | Sequence[Frames], times: Sequence[float] = ()) -> None:
-        lib = library()
+        lib = mtmd.load()
 
         def emit(i: int, _user: object, out: ctypes._Pointer[c_void_p], _text: object) -> int:
             if i == len(frames):
@@ -96,32 +61,32 @@ class lazy:  # noqa: N801 - as closing() and suppress()
                 lib.mtmd_bitmap_set_time(bitmap, times[i])
             return 0
 
-        self._callback = _CALLBACK(emit)
+        self._callback = mtmd.mtmd_bitmap_lazy_callback(emit)
 
-    def bitmap(self, eyes: _mtmd.Eyes) -> int:
+    def bitmap(self, eyes: VisionEncoder) -> int:
         """To be freed."""
-        return int(library().mtmd_bitmap_init_lazy(eyes.pointer, None, None, self._callback))
+        return int(mtmd.load().mtmd_bitmap_init_lazy(eyes.pointer, None, None, self._callback))
 
 
-def of_frames(eyes: _mtmd.Eyes, frames: Frames | Sequence[Frames], times: Sequence[float] = ()) -> _mtmd.Picture:
+def of_frames(eyes: VisionEncoder, frames: Frames | Sequence[Frames], times: Sequence[float] = ()) -> Image:
     """The chunk of frames in memory; without times none is drawn."""
     held = lazy(frames, times)
     bitmap = held.bitmap(eyes)
     try:
         return _part(eyes, bitmap, "0" * 64)
     finally:
-        library().mtmd_bitmap_free(bitmap)
+        mtmd.load().mtmd_bitmap_free(bitmap)
 
 
-def of_file(eyes: _mtmd.Eyes, data: bytes, fps: float = -1) -> _mtmd.Picture:
+def of_file(eyes: VisionEncoder, data: bytes, fps: float = -1) -> Image:
     """The chunk of a file in memory.
 
     Raises:
         ValueError: with libmtmd's reason.
     """
-    lib = library()
+    lib = mtmd.load()
     params = lib.mtmd_helper_init_opt_default()
-    params.fps_target = fps
+    params.video_params.fps_target = fps
     found = lib.mtmd_helper_bitmap_init_from_buf(eyes.pointer, data, len(data), False, params)
     if not found.bitmap:
         raise ValueError(lib.mtmd_helper_get_error().decode())
@@ -129,18 +94,18 @@ def of_file(eyes: _mtmd.Eyes, data: bytes, fps: float = -1) -> _mtmd.Picture:
         return _part(eyes, found.bitmap, "1" * 64)
     finally:
         lib.mtmd_bitmap_free(found.bitmap)
-        if found.video:
-            lib.mtmd_helper_video_free(found.video)
+        if found.video_ctx:
+            lib.mtmd_helper_video_free(found.video_ctx)
 
 
-def chosen(eyes: _mtmd.Eyes, count: int, fps: float, target: float = -1) -> list[int]:
+def chosen(eyes: VisionEncoder, count: int, fps: float, target: float = -1) -> list[int]:
     """The numbers of the frames that the model is shown of so many."""
-    lib = library()
+    lib = mtmd.load()
     out = (c_int32 * 1000)()
     n = lib.mtmd_helper_video_frames(eyes.pointer, count, fps, target, out, len(out))
     return out[: max(n, 0)]
 
 
-def embeddings(eyes: _mtmd.Eyes, chunk: _mtmd.Picture, hidden: int) -> npt.NDArray[np.float32]:
+def embeddings(eyes: VisionEncoder, chunk: Image, hidden: int) -> npt.NDArray[np.float32]:
     """[tokens, hidden]."""
     return np.ctypeslib.as_array(eyes.encode(chunk), (chunk.tokens, hidden)).copy()

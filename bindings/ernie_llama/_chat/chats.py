@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .._engine.engine import Engine
+from .._engine.media import Medium
 from ..llama_grammar import LlamaGrammar
 from ..llama_types import (
     ChatCompletionRequestMessage,
@@ -18,8 +19,8 @@ from ..llama_types import (
 from .answer_grammar import AnswerGrammar
 from .chat_results import ChatResults
 from .completion import Completion, CompletionRequest
-from .image_url import ImageLoader
-from .messages import without_images
+from .media_parts import Loaders
+from .messages import without_media
 from .output import END_THINK, MARKERS
 from .template import ChatTemplate
 
@@ -49,14 +50,12 @@ class Chats:
         model_path: its file, for messages.
     """
 
-    def __init__(
-        self, engine: Engine, model_path: str, chat_template: str | None, image_loader: ImageLoader | None
-    ) -> None:
-        """`chat_template` replaces the file's; `image_loader` returns the bytes of a URL that is not a data: URL."""
+    def __init__(self, engine: Engine, model_path: str, chat_template: str | None, loaders: Loaders) -> None:
+        """`chat_template` replaces the file's; `loaders` return the bytes of URLs that are not data: URLs."""
         self.engine = engine
         self.model_path = model_path
         self._chat_template = chat_template
-        self._image_loader = image_loader
+        self._loaders = loaders
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -86,12 +85,12 @@ class Chats:
         Raises:
             ValueError: the template refuses the messages, or there is no grammar for what the answer has to be.
         """
-        files: list[bytes] = []
-        seen = self._without_images(messages, files)
+        media: list[Medium] = []
+        seen = self._without_media(messages, media)
         rendered = self.template.prompt(seen, tools=None if tool_choice == "none" else tools, variables=variables)
         answer = AnswerGrammar.of(tools, tool_choice, response_format, grammar)
         thinks = answer.thinks(rendered.thinks, self.template.source)
-        return ChatPrompt(self._tokens(rendered.text, files), answer, thinks, rendered.answer)
+        return ChatPrompt(self._tokens(rendered.text, media), answer, thinks, rendered.answer)
 
     def results(self, prompt: ChatPrompt, request: CompletionRequest, model_name: str) -> ChatResults:
         """The answer to a prompt, once it is generated as `request` says."""
@@ -101,21 +100,21 @@ class Chats:
         completion = Completion(self.engine, request)
         return ChatResults(completion, model_name, thinking=prompt.thinks, begun=prompt.begun)
 
-    def _without_images(
-        self, messages: Sequence[ChatCompletionRequestMessage], files: list[bytes]
+    def _without_media(
+        self, messages: Sequence[ChatCompletionRequestMessage], media: list[Medium]
     ) -> Sequence[ChatCompletionRequestMessage]:
-        """The messages with a marker for each image, whose file is added to `files`."""
+        """The messages with a marker for each image and video, which is added to `media`."""
         if (encoder := self.engine.images.encoder) is None:
             return messages
-        return [without_images(each, encoder.marker, self._image_loader, files) for each in messages]
+        return [without_media(each, encoder.marker, self._loaders, media) for each in messages]
 
-    def _tokens(self, prompt: str, images: Sequence[bytes]) -> list[int]:
+    def _tokens(self, prompt: str, media: Sequence[Medium]) -> list[int]:
         """Ids of a rendered prompt; like llama-server, without a second BOS if the template has written one."""
         model = self.engine.model
         bos = model.token_text(model.token_bos())
         add_special = not (bos and prompt.startswith(bos))
-        if images and (encoder := self.engine.images.encoder) is not None:
-            return self.engine.images.ids(encoder.tokenize(prompt, images, add_special=add_special))
+        if media and (encoder := self.engine.images.encoder) is not None:
+            return self.engine.images.ids(encoder.tokenize(prompt, media, add_special=add_special))
         return model.tokenize(prompt.encode(), add_special, parse_special=True)
 
     def _special(self, text: str) -> list[int]:

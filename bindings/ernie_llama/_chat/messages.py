@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._engine.media import Medium
 from ..llama_types import ChatCompletionRequestMessage, ChatCompletionTool
-from .image_url import ImageLoader, image_bytes
+from .media_parts import MEDIA, Loaders, medium
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -112,13 +113,13 @@ def _merged(first: str | list[Any], second: str | list[Any]) -> str | list[Any]:
     return [*parts[0], {"type": "text", "text": "\n"}, *parts[1]]
 
 
-MARKER = "media_marker"  # the type of a part that stands for an image
+MARKER = "media_marker"  # the type of a part that stands for an image or a video
 
 
 def _part(i: int, part: Any) -> dict[str, str]:  # noqa: ANN401
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in {"text", MARKER}:
-        hint = ", without Llama(mmproj_path=...)" if kind == "image_url" else ""
+        hint = ", without Llama(mmproj_path=...)" if kind in MEDIA else ""
         raise ValueError(f"message {i} holds a part of type {kind!r}; this model reads text only{hint}")
     if not isinstance(part.get("text"), str):
         raise ValueError(f"message {i} holds a part with the text {part.get('text')!r}, expected a text")
@@ -126,12 +127,12 @@ def _part(i: int, part: Any) -> dict[str, str]:  # noqa: ANN401
 
 
 def joined(parts: Sequence[Mapping[str, str]], delimiter: str = "\n") -> str:
-    """Parts as one text; nothing stands between an image and its neighbours."""
-    text, after_image = "", False
+    """Parts as one text; nothing stands between an image or a video and its neighbours."""
+    text, after_medium = "", False
     for part in parts:
-        image = part["type"] == MARKER
-        text += (delimiter if text and not image and not after_image else "") + part["text"]
-        after_image = image
+        shown = part["type"] == MARKER
+        text += (delimiter if text and not shown and not after_medium else "") + part["text"]
+        after_medium = shown
     return text
 
 
@@ -174,21 +175,21 @@ def normalized_tools(tools: Sequence[ChatCompletionTool] | None) -> list[dict[st
     return found
 
 
-def without_images(
-    message: ChatCompletionRequestMessage, marker: str, loader: ImageLoader | None, found: list[bytes]
+def without_media(
+    message: ChatCompletionRequestMessage, marker: str, loaders: Loaders, found: list[Medium]
 ) -> ChatCompletionRequestMessage:
-    """The message with parts of `marker` in place of `image_url` parts, whose files are added to `found`.
+    """The message with parts of `marker` in place of those that show something, which is added to `found`.
 
     Raises:
-        ValueError: an image cannot be loaded.
+        ValueError: an image or a video cannot be loaded.
     """
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
     for part in content:
-        if isinstance(part, Mapping) and part.get("type") == "image_url":
-            found.append(image_bytes(part.get("image_url"), loader))
+        if isinstance(part, Mapping) and part.get("type") in MEDIA:
+            found.append(medium(part, loaders))
             parts.append({"type": MARKER, "text": marker})
         else:
             parts.append(part)

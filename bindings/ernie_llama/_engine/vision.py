@@ -1,12 +1,13 @@
-"""The vision encoder of a model (its mmproj): makes embeddings of images through libmtmd."""
+"""The vision encoder of a model (its mmproj): makes embeddings of images and videos through libmtmd."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import secrets
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from ctypes import c_float, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,15 @@ from .._lib import mtmd, structs
 from .._lib.handle import Handle
 from .._lib.log import LOG
 from . import metadata
-from .image_file import decoded
+from .media import Medium
 from .model import Model
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image of a prompt: `tokens` embeddings, which take `positions` of the context's positions.
+    """An image or a video of a prompt: `tokens` embeddings, which take `positions` of the context's positions.
 
-    `digest` is the SHA-256 of the file; `chunk` owns the preprocessed image.
+    `digest` is the SHA-256 of what it is made of; `chunk` owns the preprocessed pixels.
     """
 
     digest: str
@@ -42,7 +43,7 @@ class VisionEncoder(Handle):
     """Owns an `mtmd_context`: the vision tower and resampler of a model.
 
     Attributes:
-        marker: stands for an image in a prompt.
+        marker: stands for an image or a video in a prompt.
     """
 
     def __init__(
@@ -80,27 +81,26 @@ class VisionEncoder(Handle):
         if not library.mtmd_support_vision(self.pointer):
             raise ValueError(f"{path} reads no images")
 
-    def tokenize(self, prompt: str, images: Sequence[bytes], *, add_special: bool) -> list[int | Image]:
-        """Tokens of a prompt in which `marker` stands for each of the images, files in memory.
+    def tokenize(self, prompt: str, media: Sequence[Medium], *, add_special: bool) -> list[int | Image]:
+        """Tokens of a prompt in which `marker` stands for each of the images and videos.
 
         Raises:
-            ValueError: an image cannot be read, or the numbers of images and markers differ.
+            ValueError: one of them cannot be read, or their number and that of the markers differ.
         """
-        bitmaps: list[int] = []
-        try:
-            for i, data in enumerate(images):
-                bitmaps.append(self._bitmap(i, data))
-            return self._tokenize(prompt, bitmaps, add_special, [_digest(data) for data in images])
-        finally:
-            for bitmap in bitmaps:
-                self._library.mtmd_bitmap_free(bitmap)
-
-    def _bitmap(self, number: int, data: bytes) -> int:
-        try:
-            width, height, pixels = decoded(data)
-        except ValueError as error:
-            raise ValueError(f"image {number + 1} ({len(data)} bytes) {error}") from error
-        return int(self._library.mtmd_bitmap_init(width, height, pixels))
+        count: Counter[str] = Counter()
+        with ExitStack() as stack:
+            bitmaps = []
+            for each in media:
+                count[each.kind] += 1
+                try:
+                    bitmaps.append(each.bitmap(self._library, self.pointer, stack))
+                except ValueError as error:
+                    raise ValueError(f"{each.kind} {count[each.kind]} ({each}) {error}") from error
+            try:
+                return self._tokenize(prompt, bitmaps, add_special, [each.digest for each in media])
+            except ValueError as error:
+                kinds = " and ".join(f"{kind}s" for kind in sorted(count))
+                raise ValueError(f"the {kinds} of the prompt cannot be used: {error}") from error
 
     def _tokenize(self, prompt: str, bitmaps: list[int], special: bool, digests: list[str]) -> list[int | Image]:
         library, raw = self._library, prompt.encode()
@@ -112,8 +112,8 @@ class VisionEncoder(Handle):
                 self.pointer, chunks, ctypes.byref(text), (c_void_p * len(bitmaps))(*bitmaps), len(bitmaps)
             )
             if code:
-                reason = LOG.problems().removeprefix("mtmd_tokenize: error: ")
-                raise ValueError(f"the images of the prompt cannot be used: {reason}")
+                reason = library.mtmd_tokenize_get_error().decode(errors="replace")
+                raise ValueError(reason or LOG.problems().removeprefix("mtmd_tokenize: error: "))
             found = [library.mtmd_input_chunks_get(chunks, i) for i in range(library.mtmd_input_chunks_size(chunks))]
             out: list[int | Image] = []
             names = iter(digests)
@@ -170,7 +170,3 @@ class VisionEncoder(Handle):
         if code:
             raise RuntimeError(f"the image of {image.tokens} tokens cannot be evaluated: {LOG.problems()}")
         return int(after.value)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

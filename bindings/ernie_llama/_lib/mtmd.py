@@ -1,11 +1,11 @@
-"""libmtmd, which makes embeddings of images: its structs and functions, as far as the bindings need them."""
+"""libmtmd, which makes embeddings of images and videos: its structs and functions, as far as the bindings need them."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from typing import Any
 
 from . import structs
@@ -15,6 +15,10 @@ from .log import LOG
 
 LIBRARY_NAME = {"darwin": "libmtmd.dylib", "win32": "mtmd.dll"}.get(sys.platform, "libmtmd.so")
 MTMD_INPUT_CHUNK_TYPE_TEXT = 0
+LAZY_END = -1  # what a lazy bitmap's callback returns after the last frame
+
+# (index, user data, bitmap to set, text to set)
+mtmd_bitmap_lazy_callback = ctypes.CFUNCTYPE(c_int, c_size_t, c_void_p, POINTER(c_void_p), c_void_p)
 
 
 class mtmd_context_params(ctypes.Structure):  # noqa: N801 - mtmd.h's name
@@ -45,6 +49,24 @@ class mtmd_input_text(ctypes.Structure):  # noqa: N801 - mtmd.h's name
     _fields_ = [("text", c_char_p), ("text_len", c_size_t), ("add_special", c_bool), ("parse_special", c_bool)]
 
 
+class mtmd_helper_video_init_params(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
+    """Options of a video file's reader."""
+
+    _fields_ = [("fps_target", c_float), ("ffmpeg_bin_dir", c_char_p), ("timestamp_interval_ms", c_int64)]
+
+
+class mtmd_helper_init_opt(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
+    """Options of `mtmd_helper_bitmap_init_from_buf`."""
+
+    _fields_ = [("video_params", mtmd_helper_video_init_params)]
+
+
+class mtmd_helper_bitmap_wrapper(ctypes.Structure):  # noqa: N801 - mtmd-helper.h's name
+    """What a media file is: a bitmap, and the reader of its frames if it is a video."""
+
+    _fields_ = [("bitmap", c_void_p), ("video_ctx", c_void_p)]
+
+
 # name: (result, arguments)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_context_params_default": (mtmd_context_params, []),
@@ -54,6 +76,16 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_helper_log_set": (None, [structs.ggml_log_callback, c_void_p]),
     "mtmd_bitmap_init": (c_void_p, [c_uint32, c_uint32, c_char_p]),
     "mtmd_bitmap_free": (None, [c_void_p]),
+    "mtmd_bitmap_init_lazy": (c_void_p, [c_void_p, c_char_p, c_void_p, mtmd_bitmap_lazy_callback]),
+    "mtmd_bitmap_set_time": (None, [c_void_p, c_double]),
+    "mtmd_helper_init_opt_default": (mtmd_helper_init_opt, []),
+    "mtmd_helper_bitmap_init_from_buf": (
+        mtmd_helper_bitmap_wrapper,
+        [c_void_p, c_char_p, c_size_t, c_bool, mtmd_helper_init_opt],
+    ),
+    "mtmd_helper_get_error": (c_char_p, []),
+    "mtmd_helper_video_free": (None, [c_void_p]),
+    "mtmd_helper_video_frames": (c_int32, [c_void_p, c_int64, c_double, c_float, POINTER(c_int32), c_size_t]),
     "mtmd_input_chunks_init": (c_void_p, []),
     "mtmd_input_chunks_size": (c_size_t, [c_void_p]),
     "mtmd_input_chunks_get": (c_void_p, [c_void_p, c_size_t]),
@@ -65,6 +97,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "mtmd_input_chunk_copy": (c_void_p, [c_void_p]),
     "mtmd_input_chunk_free": (None, [c_void_p]),
     "mtmd_tokenize": (c_int32, [c_void_p, c_void_p, POINTER(mtmd_input_text), POINTER(c_void_p), c_size_t]),
+    "mtmd_tokenize_get_error": (c_char_p, []),
     "mtmd_encode_chunk": (c_int32, [c_void_p, c_void_p]),
     "mtmd_get_output_embd": (POINTER(c_float), [c_void_p]),
     "mtmd_helper_decode_image_chunk": (
