@@ -66,9 +66,9 @@ refresh: | $(BIN)/ernie-gguf ## re-export the series after edits in the tree (on
 drift: | $(BIN)/ernie-gguf ## tell which patches apply to the newest llama.cpp on PyPI; DRIFT=--build builds and tests it
 	$(BIN)/python tools/drift.py --cache $(BUILD_DIR) --jobs $(JOBS) $(DRIFT)
 
-ENCODER := ggml_patch/src/ggml/src/ggml-ccq-encode
+ENCODER := $(wildcard ggml_patch/src/ggml/src/ggml-ccq-*)
 
-$(SEARCH): $(SEARCH_SOURCES) $(ENCODER).cpp $(ENCODER).h convert/ernie_gguf/llama_build/search.py | $(BIN)/ernie-gguf
+$(SEARCH): $(SEARCH_SOURCES) $(ENCODER) convert/ernie_gguf/llama_build/search.py | $(BIN)/ernie-gguf
 	$(BIN)/python -m ernie_gguf.llama_build.search $(@D)
 
 # The link belongs to one BUILD_DIR, as that of the bindings does.

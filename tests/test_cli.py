@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
-from ernie_gguf import convert, write
+from ernie_gguf import write
 from ernie_gguf.ccq2 import native
 from ernie_gguf.checkpoint.shards import ShardReader
 from ernie_gguf.gguf_file.reader import GgufFile, read_gguf
@@ -271,7 +271,7 @@ def test_a_disk_that_is_too_small_is_known_before(
     ernie_gguf: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(tmp_path)
-    monkeypatch.setattr(convert, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(write, "free_bytes", lambda _: 1000)
     monkeypatch.setattr(write, "_write_piece", no_space)
     done = ernie_gguf("convert", source, "--outfile", tmp_path / "out.gguf", "--outtype", "f32")
     assert (done.code, done.out) == (1, "")

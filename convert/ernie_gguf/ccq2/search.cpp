@@ -5,14 +5,16 @@
 // of LANES rows. Blocks of 16 rows share a code map. `width` is that of the registers, in bytes, of those that the
 // machine has; vectors wider than them would be taken apart, lane by lane.
 
+#include "ggml-ccq-code.h"
+
 #include <cmath>
 #include <cstdint>
 
-#define GROUP    64
-#define QUADS    16  // code bytes of a group
+#define GROUP    CCQ_GROUP
+#define QUADS    CCQ2_QUADS
 #define ROWS     16  // that share a code map
 #define STEPS    5   // scales tried around the estimate: -2 ... 2
-#define BOOK_RMS 16.5f
+#define BOOK_RMS ((float) CCQ2_BOOK_RMS)
 #define BLOCKS   4  // registers of rows that descend together, so that the search has independent chains
 #define ENTRY    5  // floats of a table entry: the codeword in the metric (4), minus half its square
 

@@ -7,6 +7,8 @@
 
 #include "ggml-ccq-encode.h"
 
+#include "ggml-ccq-code.h"
+
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -16,18 +18,18 @@
 
 namespace {
 
-const int GROUP  = 64;
-const int QUADS  = 16;  // code bytes of a group
+const int GROUP  = CCQ_GROUP;
+const int QUADS  = CCQ2_QUADS;
 const int MAPS   = 16;
 const int TRIES  = 5;  // group scales, around the estimate
 const int SUPERS = 4;  // super scales
-const int HEADER = 16;
+const int HEADER = CCQ_HEADER;
 
-// The scale that the loudest group of a row is given, of 15. Trying four super scales instead of the first lowers the
+// The group scale (0-15) of the row's loudest group. Trying four super scales instead of the first lowers the
 // squared error by half a percent.
 const double TOP_SCALE[SUPERS] = { 13.5, 14.25, 12.75, 12 };
 
-const double BOOK_RMS = 16.5;                          // a group of rms r is met best with r/16.5 per codebook step
+const double BOOK_RMS = CCQ2_BOOK_RMS;
 const double GRID     = 256;                           // targets are integers in units of 1/256 codebook step
 const double CLIP     = 128 * GRID;                    // four times the largest codeword
 const double D_LIMIT  = (double) FLT_MAX / (15 * 32);  // above it a decoded weight could overflow
@@ -294,7 +296,7 @@ INLINE double undo_half_of_the_shrinkage(const workspace & s) {
 }
 
 INLINE void pack(const encoding & e, const uint32_t * map, float d, int64_t k, uint8_t * row) {
-    memset(row, 0, HEADER + k / 4 + 16 * ((k + 2047) / 2048));
+    memset(row, 0, ccq2_row_bytes(k));
     memcpy(row, map, 8);
     memcpy(row + 8, &d, 4);
     if (d > 0) {
@@ -342,7 +344,7 @@ template <int WIDTH> INLINE void encode_row(const std::vector<book> & books, wor
 
 template <int WIDTH> INLINE void encode_rows(int64_t n, int64_t k, const float * x, const float * importance, uint8_t * rows) {
     static const std::vector<book> books = make_books();
-    const int64_t                  size  = HEADER + k / 4 + 16 * ((k + 2047) / 2048);
+    const int64_t                  size  = ccq2_row_bytes(k);
     workspace                      s(k, importance);
     for (int64_t i = 0; i < n; i++) {
         encode_row<WIDTH>(books, s, x + i * k, rows + i * size);

@@ -27,7 +27,7 @@ void dequantize_row_ccq2(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, 
     }
 }
 
-// the statistics of columns that are not finite, or negative, say nothing
+// ignore an imatrix with negative or non-finite entries
 static bool ccq2_usable(const float * imatrix, int64_t n) {
     for (int64_t i = 0; imatrix && i < n; ++i) {
         if (!isfinite(imatrix[i]) || imatrix[i] < 0.0f) {

@@ -12,6 +12,7 @@
 // code are the weights, plus 32, of its group of four. One multiply-add and a shift decode four weights.
 #pragma once
 
+#include "ggml-ccq-code.h"
 #include "ggml.h"
 
 #include <stddef.h>
@@ -20,15 +21,6 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-#define QK_CCQ        256  // weights in a block
-#define CCQ_GROUP     64   // weights that share a group scale
-#define CCQ_OFFSET    32   // what the windows of a code are above the weights
-#define CCQ_ROW_ALIGN 16
-
-// bytes of codes and of group scales that a block adds to a row
-#define CCQ2_CODE_SIZE  (QK_CCQ / 4)
-#define CCQ2_SCALE_SIZE (QK_CCQ / CCQ_GROUP / 2)
 
 // the decoding of single values serves the GPU code too
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
