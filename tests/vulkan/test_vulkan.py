@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from reference.specimens import VL_TINY
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "convert"))
 
-from build_archive import Archive, pack, stripped
+from build_archive import Archive, check, stripped
 
 pytestmark = pytest.mark.build
 
@@ -107,8 +106,8 @@ def test_what_has_no_kernel_is_refused(programs: Programs, kernels: str) -> None
     ],
 )
 def test_results_are_those_of_the_cpu(programs: Programs, kernels: str, op: str) -> None:
-    """Every supported case is computed, and a case that the CPU cannot compute is not counted."""
-    select = ("-o", op, "-p", "ccq2")
+    """Every supported case is computed, but those that the CPU cannot, or whose matrices it encodes for a minute."""
+    select = ("-o", op, "-p", "ccq2(?!.*,m=160,)")
     supported = [
         each for _, each, outcome in programs.cases("support", KERNELS[kernels], *select) if outcome == "SUPPORTED"
     ]
@@ -160,12 +159,10 @@ def test_pictures_are_read_the_same(programs: Programs, tmp_path: Path) -> None:
         assert picture.stem.split("-")[1] in seen
 
 
-def test_the_unpacked_archive_runs(programs: Programs, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
-    """On the device; without a driver, and without the loader, on the CPU."""
-    build = stripped(programs.bin, tmp_path / "bin", programs.backend)
-    with tarfile.open(pack(Archive(build, "vulkan", "1.2.3"), tmp_path / "dist", 0)) as tar:
-        tar.extractall(tmp_path, filter="data")
-    folder = tmp_path / "ernie-gguf-1.2.3"
+def test_what_the_archive_holds_runs(programs: Programs, tiny_ccq2_gguf: Path, tmp_path: Path) -> None:
+    """On the device; without a driver, and without the loader, on the CPU. It takes a minute to pack, so it is not."""
+    folder = stripped(programs.bin, tmp_path / "elsewhere", programs.backend)
+    check(Archive(folder, "vulkan", "1.2.3"))
     plain = {"HOME": os.environ["HOME"], "GGML_VK_VISIBLE_DEVICES": "0", **FLOATS}
     no_driver = {"VK_ICD_FILENAMES": "/nowhere", "VK_DRIVER_FILES": "/nowhere"}
 
