@@ -211,5 +211,5 @@ def test_inputs_that_are_not_finite_give_a_line(quantize: Quantize, tmp_path: Pa
     source = with_value(tmp_path / "bad", "model.layers.1.post_attention_layernorm.weight", 5, np.inf)
     done = quantize(source, tmp_path / "out.gguf", "--tensor-type", "_exps=iq3_s")
     assert done.code == 1
-    assert "not finite" in done.err
+    assert "row 0, column 5: inf is not a finite number" in done.err
     assert not (tmp_path / "out.gguf").exists()

@@ -39,6 +39,7 @@ SUMMARY = QuantizeSummary(
     settings={"seed": 7, "calibration": (Path("a|b.txt"),)},
     matrices=(DOWN_0, GATE_1, GATE_0),
     tensor_bits_per_weight={"blk.1.ffn_gate_exps.weight": 2.5, "blk.3.ffn_down_exps.weight": 2.125},
+    tensor_types={"blk.1.ffn_gate_exps.weight": "ccq2", "blk.3.ffn_down_exps.weight": "iq2_s"},
 )
 
 GATE_NUMBERS = {
@@ -81,7 +82,9 @@ def many(layers: int, experts: int) -> QuantizeSummary:
         for projection in ("gate", "up", "down")
         for expert in range(experts)
     )
-    return replace(SUMMARY, matrices=matrices, tensor_bits_per_weight={matrix.tensor: 2.25 for matrix in matrices})
+    tensors = {matrix.tensor for matrix in matrices}
+    bits, types = dict.fromkeys(tensors, 2.25), dict.fromkeys(tensors, "ccq2")
+    return replace(SUMMARY, matrices=matrices, tensor_bits_per_weight=bits, tensor_types=types)
 
 
 @pytest.fixture
@@ -105,6 +108,7 @@ def test_json_has_everything() -> None:
                 "name": "blk.1.ffn_gate_exps.weight",
                 "layer": 1,
                 "projection": "gate",
+                "type": "ccq2",
                 "bits_per_weight": 2.5,
                 **GATE_NUMBERS,
                 "experts": [
@@ -132,6 +136,7 @@ def test_json_has_everything() -> None:
                 "name": "blk.3.ffn_down_exps.weight",
                 "layer": 3,
                 "projection": "down",
+                "type": "iq2_s",
                 "bits_per_weight": 2.125,
                 **DOWN_NUMBERS,
                 "experts": [

@@ -6,6 +6,7 @@ in channel order.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +90,9 @@ def add_trained_ints(out: Quantized, name: str, w: F32, bits: int) -> None:
     store_ints(out, name, q, scale, bits=bits)
 
 
+@lru_cache(maxsize=4)  # half a minute each
 def quantize_trained(source: Path, order: str, int4_end: int) -> Quantized:
-    """The tensors of a 2Bits-Paddle checkpoint made from a float one."""
+    """The tensors of a 2Bits-Paddle checkpoint made from a float one; not to be changed."""
     out, storage_of = Quantized(), two_bits_storage(int4_end)
     for name, w in fuse(read_floats(source)).items():
         storage = storage_of(name) if name.endswith("_proj.weight") else "bf16"

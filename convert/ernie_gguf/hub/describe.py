@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from ..checkpoint.config import ErnieConfig, read_config
@@ -54,7 +55,7 @@ def checkpoint_json(place: Place) -> dict[str, Any]:
     }
 
 
-def checkpoint_table(place: Place) -> list[Any]:
+def checkpoint_table(place: Place) -> list[RenderableType]:
     """For people."""
     found = checkpoint_json(place)
     sizes = table(whole("config.json"), "value")

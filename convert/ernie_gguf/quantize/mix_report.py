@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from rich.console import RenderableType
 from rich.text import Text
 
 from ..expected import Role
@@ -27,13 +26,14 @@ def _rest(mix: Mix) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def mix_table(mix: Mix) -> list[Any]:
+def mix_table(mix: Mix) -> list[RenderableType]:
     """For people."""
     experts = experts_by_layer((t.name, t.ggml_type.name.lower(), t.nbytes) for t in mix.job.plan.tensors)
     rest = table("rest", "type", right("size"))
     for (part, name), nbytes in _rest(mix).items():
         rest.add_row(part, name, human(nbytes))
-    lines: list[Any] = [experts, "", rest, ""]
+    lines: list[RenderableType] = [experts, ""] if experts else []
+    lines += [rest, ""]
     lines += [Text(f"{t.name}: {t.note}") for t in mix.job.plan.tensors if t.note]
     loss = "unknown" if mix.loss is None else f"{mix.loss:.4f}"
     lines.append(

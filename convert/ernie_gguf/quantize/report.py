@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -38,7 +38,7 @@ class QuantizeSummary:
     settings: dict[str, object]  # what else decides the output: maps, passes, damping, sequence
     matrices: tuple[MatrixStats, ...]
     tensor_bits_per_weight: Mapping[str, float]  # by GGUF tensor, for each in `matrices`
-    tensor_types: Mapping[str, str] = field(default_factory=dict)  # the same; ccq2 where nothing is said
+    tensor_types: Mapping[str, str]  # the same
 
 
 def _number(value: float | None) -> float | None:
@@ -95,7 +95,7 @@ def summary_json(summary: QuantizeSummary) -> dict[str, Any]:
                 "name": group.tensor,
                 "layer": group.layer,
                 "projection": group.projection,
-                "type": summary.tensor_types.get(group.tensor, "ccq2"),
+                "type": summary.tensor_types[group.tensor],
                 "bits_per_weight": summary.tensor_bits_per_weight[group.tensor],
                 **_group_json(group),
                 "experts": [_expert_json(matrix) for matrix in group.matrices],
