@@ -9,6 +9,9 @@
 // Apache License, Version 2.0, http://www.apache.org/licenses/LICENSE-2.0): the characters that a time is written with.
 // A point begins a contour (M), ends a line (L), or is the control point of a curve that ends at the next point (C).
 
+// other libraries of the program have a `segment` too, and would share the vectors of it
+namespace {
+
 enum point_kind { M, L, C };
 
 struct glyph_point {
@@ -23,11 +26,11 @@ struct glyph {
     std::vector<glyph_point> points;
 };
 
-static constexpr float FONT_UNITS  = 2048;
-static constexpr float FONT_ASCENT = 1900;
+constexpr float FONT_UNITS  = 2048;
+constexpr float FONT_ASCENT = 1900;
 
 // clang-format off
-static const std::vector<glyph> GLYPHS = {
+const std::vector<glyph> GLYPHS = {
     // 0
     {'0', 1151, {
         {1035, 622, M}, {1035, 264, C}, {911, 122, L}, {788, -20, C}, {576, -20, L}, {370, -20, C}, {244, 118, L},
@@ -175,7 +178,7 @@ struct segment {
 };
 
 // in pixels, y downwards from the baseline
-static std::vector<segment> flatten(const glyph & g, float scale) {
+std::vector<segment> flatten(const glyph & g, float scale) {
     static constexpr int CURVE_STEPS = 8;
 
     std::vector<segment> segments;
@@ -215,7 +218,7 @@ static std::vector<segment> flatten(const glyph & g, float scale) {
 }
 
 // to the outline, negative inside
-static float distance(const std::vector<segment> & segments, float x, float y) {
+float distance(const std::vector<segment> & segments, float x, float y) {
     float nearest = FLT_MAX;
     int   winding = 0;
     for (const segment & s : segments) {
@@ -233,7 +236,7 @@ static float distance(const std::vector<segment> & segments, float x, float y) {
 }
 
 // how much of the pixel around (x, y) is at most `reach` from the glyph
-static uint8_t coverage(const std::vector<segment> & segments, float x, float y, float reach) {
+uint8_t coverage(const std::vector<segment> & segments, float x, float y, float reach) {
     static constexpr int SAMPLES = 4;  // in each direction
 
     const float centre = distance(segments, x, y) - reach;
@@ -247,6 +250,8 @@ static uint8_t coverage(const std::vector<segment> & segments, float x, float y,
     }
     return (uint8_t) (255 * hits / (SAMPLES * SAMPLES));
 }
+
+}  // namespace
 
 std::string mtmd_timestamp_drawer::text(double seconds) {
     const int whole = (int) seconds;
