@@ -13,8 +13,6 @@ from support.videos import Frames
 from support.vl import PLACEHOLDER
 from transformers import Ernie4_5_VLMoeForConditionalGeneration
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
-from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeVideoProcessor
-from transformers.video_utils import VideoMetadata
 
 from reference import video_golden
 from reference.golden import Floats
@@ -62,7 +60,10 @@ class Model:
     def _frames(
         self, frames: Frames, times: Sequence[float] | None = None, font: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Patches and grid of a video, with these times drawn if there are any."""
+        """Patches and grid of a video, with these times drawn if there are any; needs torchvision."""
+        from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeVideoProcessor
+        from transformers.video_utils import VideoMetadata
+
         processor = Ernie4_5_VLMoeVideoProcessor(size=video_golden.LIMITS, font=font, do_sample_frames=False)
         seconds = list(times or range(len(frames)))
         fps = 1000.0
