@@ -60,10 +60,16 @@ class GoldenVideos:
         """Read the file."""
         found = load_file(PATH)
         videos, prompts = range(len(VIDEOS)), range(len(PROMPTS))
+
+        def of_prompts(name: str) -> list[Floats]:
+            return [found[f"{i}.{name}"] for i in prompts]
+
         return cls(
             [found[f"v.{v}.e"] for v in videos],
             [float(found[f"v.{v}.largest"][0]) for v in videos],
-            *([found[f"{i}.{name}"] for i in prompts] for name in ("values", "last", "spread")),
+            of_prompts("values"),
+            of_prompts("last"),
+            of_prompts("spread"),
             found["t.drawn"],
             found["t.plain"],
         )

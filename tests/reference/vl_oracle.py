@@ -82,7 +82,8 @@ class Model:
     def logits_of_videos(self, parts: Sequence[int]) -> Floats:
         """At every position, [m, V], of a prompt as in video_golden.PROMPTS."""
         model = self.model.model
-        embeddings, kinds, routed, grids = [], [], [], {1: [], 2: []}
+        embeddings, kinds, routed = [], [], []
+        grids: dict[int, list[torch.Tensor]] = {1: [], 2: []}
         for part in parts:
             if part >= 0:
                 found, kind = model.get_input_embeddings()(torch.tensor([part])), 0
