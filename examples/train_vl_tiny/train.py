@@ -1,4 +1,4 @@
-"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads pictures, and tells what came first in clips.
+"""Train examples/ernie-vl-tiny: a small ERNIE-4.5-VL-MoE that reads the number or the word on a picture.
 
     python examples/train_vl_tiny/train.py OUT --minutes 60
     python examples/train_vl_tiny/train.py OUT --from examples/ernie-vl-tiny --minutes 6 --batch 512   # on a GPU
@@ -21,10 +21,6 @@ import torch
 from PIL import Image
 from transformers import Ernie4_5_VLMoeForConditionalGeneration
 from vl_tiny_batches import IGNORED, KINDS, Batch, Drawer
-from vl_tiny_clips import QUESTIONS, Filmer
-from vl_tiny_films import read as read_film
-from vl_tiny_films import right_answers
-from vl_tiny_films import write_all as write_films
 from vl_tiny_model import answer, embeddings, forward, load, new_model, write
 from vl_tiny_pictures import (
     CELL,
@@ -41,7 +37,7 @@ from vl_tiny_pictures import (
     read_of,
 )
 
-CLIP_SHARE = 0.6  # of batches
+RATE = 1e-3
 EYES_OPEN = 0.15  # loss of the tower and resampler alone at which the language model begins to learn
 NEXT_LENGTH = 0.25  # loss of answers at which texts get a character longer
 # The twenty pictures of the example: characters and length of what is written on each.
@@ -54,15 +50,13 @@ def losses_of(
     """Loss of the embeddings, which should be those of the characters that their cells show; loss of the answers; and
     the share of answers that are right in every token. The last two are zero if the eyes learn alone.
     """
-    seen = [embeddings(model, each) for each in batch.seen]
+    seen = [embeddings(model, each) for each in batch.pictures]
     cells = answers = right = torch.zeros((), device=batch.ids.device)
-    for each, pictures in zip(seen, batch.seen, strict=True):
+    for each, pictures in zip(seen, batch.pictures, strict=True):
         logits = model.lm_head(each).flatten(0, 1)
-        shown = pictures.cells.flatten()
-        loss = torch.nn.functional.cross_entropy(logits, shown, ignore_index=IGNORED, reduction="sum")
-        cells = cells + loss / (shown != IGNORED).sum().clamp(min=1) / len(seen)
+        cells = cells + torch.nn.functional.cross_entropy(logits, pictures.cells.flatten()) / len(seen)
     if not alone:
-        logits = forward(model, batch.ids, [each.grid for each in batch.seen], seen)[:, :-1]
+        logits = forward(model, batch.ids, [each.grid for each in batch.pictures], seen)[:, :-1]
         labels = batch.labels[:, 1:]
         answers = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float().mean()
@@ -89,8 +83,8 @@ class Balance:
 class Curriculum:
     """What the model learns next: first the eyes alone, then texts of one character to LONGEST, then all questions."""
 
-    def __init__(self, filmer: Filmer, size: int, new: bool) -> None:
-        self.filmer, self.drawer, self.size = filmer, filmer.drawer, size
+    def __init__(self, drawer: Drawer, size: int, new: bool) -> None:
+        self.drawer, self.size = drawer, size
         self.alone, self.longest = new, 0 if new else LONGEST
 
     def batch(self) -> Batch:
@@ -99,9 +93,7 @@ class Curriculum:
             return self.drawer.read(self.size, LONGEST - 1, plain=True)
         if self.longest < LONGEST:
             return self.drawer.read(self.size, self.longest, plain=True)
-        if self.drawer.rng.random() < CLIP_SHARE:
-            return self.filmer.mixed(self.size)
-        return self.drawer.mixed(2 * self.size)  # a picture has few tokens
+        return self.drawer.mixed(self.size)
 
     def go_on(self, cells: float, answers: float) -> bool:
         """Whether losses are low enough for something harder, which then begins."""
@@ -112,51 +104,42 @@ class Curriculum:
         return True
 
 
-def accuracy(model: Ernie4_5_VLMoeForConditionalGeneration, filmer: Filmer, size: int) -> dict[str, float]:
-    """Share of right answers about new pictures and clips, of texts that are never trained on, by kind of question."""
+def accuracy(model: Ernie4_5_VLMoeForConditionalGeneration, drawer: Drawer, size: int) -> dict[str, float]:
+    """Share of right answers about new pictures, of texts that are never trained on, by kind of question."""
     model.eval()
-    drawer = filmer.drawer
     batches = {
         f"{length} {'digits' if characters is DIGITS else 'letters'}": drawer.read(size, kind=kind, plain=True)
         for kind, (characters, length) in enumerate(KINDS)
         if length > 1
     }
     batches |= {"color": drawer.color(size), "of two": drawer.pair(size)}
-    batches |= {question: filmer.ask(size, question, alone=True) for question in QUESTIONS}
     with torch.no_grad():
         found = {name: losses_of(model, batch)[2].item() for name, batch in batches.items()}
     model.train()
     return found
 
 
-def train(
-    out: Path, minutes: float, *, size: int, rate: float, fonts: list[Path], start_from: Path | None = None
-) -> None:
-    """Train for `minutes`, write the checkpoint to `out`, and ask it about pictures and clips not trained on.
-
-    `size` is of a batch, `rate` the learning rate's height. `fonts` write times into clips, beside Pillow's own.
-    """
+def train(out: Path, minutes: float, size: int, start_from: Path | None = None) -> None:
+    """Train for `minutes`, write the checkpoint to `out` and read pictures that were not trained on."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    experts = "all" if device == "cuda" else "eager"
-    model = (new_model() if start_from is None else load(start_from, experts)).to(device).train()
-    model.model.vision_tower.requires_grad_(start_from is None)  # it sees already what is in a frame
+    model = (new_model() if start_from is None else load(start_from, "all")).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     Balance(model)
     tokenizer_model = make_tokenizer() if start_from is None else (start_from / "tokenizer.model").read_bytes()
     tokenizer = Tokenizer(tokenizer_model)
-    curriculum = Curriculum(Filmer(Drawer(tokenizer, device), [None, *fonts]), size, start_from is None)
-    tests = Filmer(Drawer(tokenizer, device, test=True), [None, *fonts])
+    curriculum = Curriculum(Drawer(tokenizer, device), size, start_from is None)
+    tests = Drawer(tokenizer, device, test=True)
     loss = torch.tensor([5.0, 5.0], device=device)  # running means of cells and answers
     start = shown = examined = time.monotonic()
     step = 0
     while (done := (time.monotonic() - start) / (60 * minutes) if minutes else 1) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100, 1.25 * (1 - done))
+            group["lr"] = RATE * min(1.0, (step + 1) / 100, 1.25 * (1 - done))
         cells, answers, _ = losses_of(model, curriculum.batch(), curriculum.alone)
         optimizer.zero_grad()
         (cells + answers).backward()
@@ -182,7 +165,6 @@ def train(
     model = model.to(torch.float32).eval()
     report(accuracy(model, tests, 256))
     examine(out, model.eval(), tokenizer)
-    examine_clips(out, model, tokenizer)
 
 
 def report(shares: dict[str, float]) -> None:
@@ -235,20 +217,6 @@ def examine(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer:
     (out / "read.json").write_text(json.dumps(read, indent=1) + "\n")
 
 
-def examine_clips(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer: Tokenizer) -> None:
-    """Write the clips of the example, and what the model answers about each."""
-    watched: dict[str, dict[str, str]] = {question: {} for question in QUESTIONS}
-    right = dict.fromkeys(QUESTIONS, 0)
-    for name, path in write_films(out / "clips").items():
-        film = read_film(path)
-        for question, expected in right_answers(name).items():
-            watched[question][name] = answer(model, tokenizer, film, question)
-            right[question] += watched[question][name] == expected
-    for question, answers in watched.items():
-        print(f"{question} {right[question]} of {len(answers)} right", flush=True)
-    (out / "watch.json").write_text(json.dumps(watched, indent=1) + "\n")
-
-
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,20 +224,11 @@ def main() -> None:
     parser.add_argument("--from", dest="start_from", type=Path, help="go on with what another run has written")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=16, help="pictures in a batch")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate at its height")
-    parser.add_argument("--font", type=Path, action="append", default=[], help="a file; may be repeated")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0 for its own choice")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(
-        arguments.out,
-        arguments.minutes,
-        size=arguments.batch,
-        rate=arguments.rate,
-        fonts=arguments.font,
-        start_from=arguments.start_from,
-    )
+    train(arguments.out, arguments.minutes, arguments.batch, arguments.start_from)
 
 
 if __name__ == "__main__":

@@ -40,20 +40,17 @@ KINDS = [(DIGITS, length) for length in range(1, LONGEST + 1)] + [(LETTERS, leng
 SHARES = [1.0, 4.0, 3.0, 3.0, 3.0, 0.5, 0.5, 1.0, 1.5, 1.5]  # of KINDS
 HALF = 24  # pixels from a character's middle to the border of its mask
 TEXTS = 60_000  # tried of each kind
-COLOR_SHARE, PAIR_SHARE, REPEAT_SHARE = 0.25, 0.25, 0.03
+COLOR_SHARE, PAIR_SHARE, REPEAT_SHARE = 0.15, 0.2, 0.03
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Pictures or clips of one size: patches [n, patches, 588] in 0 to 255, and what each token [n, cells] shows.
-
-    `cells` are character tokens, 0 for blank ones and IGNORED for those that show two. A clip's frames follow each
-    other in `patches`; `grid` is frames, rows and columns of patches, with one frame for a picture.
-    """
+class Pictures:
+    """Pictures of one size: patches [n, patches, 588] in 0 to 255, and the token [n, cells] that each cell shows."""
 
     patches: torch.Tensor
     cells: torch.Tensor
     grid: tuple[int, int, int]
+    colors: torch.Tensor  # [n], numbers of COLORS
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,7 @@ class Batch:
 
     ids: torch.Tensor  # [n, tokens]
     labels: torch.Tensor  # [n, tokens]
-    seen: list[Seen]
-
-
-def patches_of(images: torch.Tensor) -> torch.Tensor:
-    """[n, 3, height, width] -> [n, patches, 588], the four patches of a cell side by side."""
-    n, _, height, width = images.shape
-    cells = images.reshape(n, 3, height // CELL, 2, 14, width // CELL, 2, 14)
-    return cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n, -1, 588)
+    pictures: list[Pictures]
 
 
 def masks() -> torch.Tensor:
@@ -110,17 +100,13 @@ class Drawer:
         self.pairs = torch.tensor([(names.index(a), names.index(b)) for a, b in PAIRS], device=device)
         self.character_ids = torch.tensor([*(self._one(each) for each in CHARACTERS), 0], device=device)
         self.end = self._one(END)
-        self.color_answers = self.endings(names)
+        answers = [torch.tensor(tokenizer.encode(name + END)) for name in names]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+        self.color_answers = padded.to(device)
 
     def _one(self, text: str) -> int:
         (found,) = self.tokenizer.encode(text)
         return found
-
-    def endings(self, texts: list[str]) -> torch.Tensor:
-        """Tokens [texts, longest] of answers, each with an end."""
-        answers = [torch.tensor(self.tokenizer.encode(text + END)) for text in texts]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-        return padded.to(self.device)
 
     def _below(self, count: int, below: int | torch.Tensor) -> torch.Tensor:
         """`count` random whole numbers, each less than `below`."""
@@ -137,18 +123,12 @@ class Drawer:
         begin = self.counts.cumsum(0) - self.counts
         return self.texts[begin[kinds] + self._below(n, self.counts[kinds])], lengths.to(self.device)[kinds]
 
-    def colors(self, n: int) -> torch.Tensor:
-        """Numbers [n, 2] of COLORS: of the text and of the ground."""
-        return self.pairs[self._below(n, len(self.pairs))]
-
-    def paint(
-        self, characters: torch.Tensor, lengths: torch.Tensor, size: tuple[int, int], pair: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The texts, each somewhere on an image [n, 3, height, width], and tokens [n, cells] that its cells show."""
+    def draw(self, characters: torch.Tensor, lengths: torch.Tensor, size: tuple[int, int]) -> Pictures:
+        """The texts, each somewhere on a picture of `size`."""
         (width, height), n = size, len(lengths)
         columns, rows = width // CELL, height // CELL
         column, row = self._below(n, columns + 1 - lengths), self._below(n, rows)
-        used = self._below(n, len(FONT_SIZES))
+        pair, used = self.pairs[self._below(n, len(self.pairs))], self._below(n, len(FONT_SIZES))
         dx, dy = (self._below(n, 2 * SHIFT + 1) - SHIFT for _ in range(2))
         ink, image = (
             self.rgb[pair[:, 0], :, None, None],
@@ -161,17 +141,11 @@ class Drawer:
             x = (across - middle[:, None] + HALF).clamp(0, 2 * HALF - 1)
             mask = self.masks[used[:, None, None], characters[:, i, None, None], y[:, :, None], x[:, None, :]]
             image = (image + (ink - image) * mask[:, None] / 255).round()
+        patches = image.reshape(n, 3, rows, 2, 14, columns, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)
         at = torch.arange(rows * columns, device=self.device) - (row * columns + column)[:, None]
         shown = self.character_ids[characters].gather(1, at.clamp(0, LONGEST - 1))
-        return image, torch.where((at >= 0) & (at < lengths[:, None]), shown, 0)
-
-    def draw(
-        self, characters: torch.Tensor, lengths: torch.Tensor, size: tuple[int, int], pair: torch.Tensor | None = None
-    ) -> Seen:
-        """The texts, each somewhere on a picture of `size`."""
-        pair = self.colors(len(lengths)) if pair is None else pair
-        image, cells = self.paint(characters, lengths, size, pair)
-        return Seen(patches_of(image), cells, (1, size[1] // 14, size[0] // 14))
+        cells = torch.where((at >= 0) & (at < lengths[:, None]), shown, 0)
+        return Pictures(patches.reshape(n, -1, 588), cells, (1, 2 * rows, 2 * columns), pair[:, 0])
 
     def answers(self, characters: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Tokens [n, LONGEST + 1] of the texts, each with an end."""
@@ -183,11 +157,11 @@ class Drawer:
     def _tokens(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer.encode(text), device=self.device)
 
-    def batch(self, start: str | torch.Tensor, answers: torch.Tensor, seen: list[Seen]) -> Batch:
+    def batch(self, start: str | torch.Tensor, answers: torch.Tensor, pictures: list[Pictures]) -> Batch:
         """Answers after `start`, which is one text for all or tokens for each."""
         begin = self._tokens(start).expand(len(answers), -1) if isinstance(start, str) else start
         ids = torch.cat([begin, answers.clamp(min=0)], 1)
-        return Batch(ids, torch.cat([torch.full_like(begin, IGNORED), answers], 1), seen)
+        return Batch(ids, torch.cat([torch.full_like(begin, IGNORED), answers], 1), pictures)
 
     def read(self, n: int, longest: int = LONGEST, kind: int | None = None, plain: bool = False) -> Batch:
         """What is written on a picture; the picture comes first if `plain`."""
@@ -202,11 +176,10 @@ class Drawer:
     def color(self, n: int) -> Batch:
         """The colour of the text on a picture."""
         size = self.rng.choice(SIZES)
-        colors = self.colors(n)
-        pictures = self.draw(*self.choose(n, size[0] // CELL), size, colors)
+        pictures = self.draw(*self.choose(n, size[0] // CELL), size)
         shown = placeholder(1, pictures.cells.shape[1])
         start = shown + COLOR if self.rng.random() < 0.8 else COLOR + shown
-        return self.batch(prompt(start), self.color_answers[colors[:, 0]], [pictures])
+        return self.batch(prompt(start), self.color_answers[pictures.colors], [pictures])
 
     def pair(self, n: int) -> Batch:
         """What is written on the first or the second of two pictures; the question comes last, first or between."""

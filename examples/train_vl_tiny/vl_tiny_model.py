@@ -10,8 +10,7 @@ from PIL import Image
 from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
-from vl_tiny_batches import Seen
-from vl_tiny_films import Film
+from vl_tiny_batches import Pictures
 from vl_tiny_pictures import (
     BEGIN,
     CHAT_TEMPLATE,
@@ -23,35 +22,9 @@ from vl_tiny_pictures import (
     Tokenizer,
     placeholder,
     prompt,
-    stamp,
-    video_placeholder,
 )
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Of a frame. ERNIE's own least is 299 * 28 * 28, which would make 299 tokens of every two frames of a small clip.
-CLIP_PIXELS = {"shortest_edge": 4 * 28 * 28, "longest_edge": 1196 * 28 * 28}
-VIDEO_PROCESSOR = {
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "do_sample_frames": True,
-    "draw_on_frames": True,
-    "font": "Roboto-Regular.ttf",  # not in the folder; transformers wants it there
-    "fps": 2,
-    "image_mean": MEAN,
-    "image_std": STD,
-    "max_frames": 180,
-    "merge_size": 2,
-    "min_frames": 16,
-    "patch_size": 14,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "return_metadata": False,
-    "size": CLIP_PIXELS,
-    "temporal_patch_size": 2,
-    "video_processor_type": "Ernie4_5_VLMoeVideoProcessor",
-}
 MARKERS = {
     "image": IMAGE,
     "image_start": "<|IMAGE_START|>",
@@ -113,12 +86,10 @@ def see(tower: torch.nn.Module, pixels: torch.Tensor, grid: tuple[int, int, int]
     return tower.ln(x)
 
 
-def resample(resampler: torch.nn.Module, seen: torch.Tensor, frames: int) -> torch.Tensor:
-    """[n, frames * patches, width] -> [n, tokens, hidden]: frames in pairs, a picture with itself."""
-    s = resampler.spatial_linear(seen.reshape(len(seen), frames, -1, 4 * seen.shape[-1]))
-    first, second = (s, s) if frames == 1 else (s[:, ::2], s[:, 1::2])
-    u = torch.cat([first, second], -1).flatten(1, 2)
-    return resampler.after_norm(resampler.mlp(resampler.temporal_linear(u)))
+def resample(resampler: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    """[pictures, patches, width] -> [pictures, tokens, hidden]."""
+    s = resampler.spatial_linear(seen.reshape(len(seen), -1, 4 * seen.shape[-1]))
+    return resampler.after_norm(resampler.mlp(resampler.temporal_linear(torch.cat([s, s], -1))))
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
@@ -127,20 +98,10 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def embeddings(model: Ernie4_5_VLMoeForConditionalGeneration, pictures: Seen) -> torch.Tensor:
-    """Of pictures or clips of one size, [n, tokens, hidden]. The tower sees every frame alone."""
-    n, frames = len(pictures.patches), pictures.grid[0]
-    patches = normalized(pictures.patches).reshape(n * frames, -1, 588)
-    seen = see(model.model.vision_tower, patches, pictures.grid)
-    return resample(model.model.resampler_model, seen.reshape(n, -1, seen.shape[-1]), frames)
-
-
-def kinds(ids: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Of tokens [1, n] with pictures and clips of these grids, in order: 0 for text, 1 in pictures, 2 in clips."""
-    shown = (ids == FIRST_VISION).long()
-    number = (shown.diff(prepend=torch.zeros_like(shown[:, :1])) > 0).cumsum(1)
-    clip = torch.tensor([0, *(int(grid[0] > 1) for grid in grids)])
-    return shown * (1 + clip[number])
+def embeddings(model: Ernie4_5_VLMoeForConditionalGeneration, pictures: Pictures) -> torch.Tensor:
+    """Of pictures of one size, [pictures, tokens, hidden]."""
+    seen = see(model.model.vision_tower, normalized(pictures.patches), pictures.grid)
+    return resample(model.model.resampler_model, seen)
 
 
 def forward(
@@ -155,10 +116,7 @@ def forward(
     if seen:
         first = ids[:1].cpu()
         position = model.model.get_rope_index(
-            first,
-            kinds(first, grids),
-            image_grid_thw=torch.tensor([grid for grid in grids if grid[0] == 1]),
-            video_grid_thw=torch.tensor([grid for grid in grids if grid[0] > 1]),
+            first, (first == FIRST_VISION).long(), image_grid_thw=torch.tensor(grids)
         )[0]
         x = x.masked_scatter((ids == FIRST_VISION)[..., None], torch.cat(seen, 1))
     hidden = model.model.language_model(
@@ -212,68 +170,21 @@ def load(folder: Path, experts: str = "eager") -> Ernie4_5_VLMoeForConditionalGe
     return model
 
 
-def film_patches(film: Film, font: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches [n, 588] and their grid [3] of a short clip, as transformers' video processor makes them.
-
-    It samples no clip of up to 16 frames, which is all that this handles.
-    """
-    frames = [frame.copy() for frame in film.frames]
-    for number, frame in enumerate(frames):
-        stamp(frame, number / film.rate, font)
-    frames += frames[-1:] * (len(frames) % 2)
-    made = Ernie4_5_VLMoeImageProcessorPil(size=CLIP_PIXELS)(images=frames, return_tensors="pt")
-    grid = made["image_grid_thw"][0].clone()
-    grid[0] = len(frames)
-    return made["pixel_values"], grid
-
-
-def answer(
-    model: Ernie4_5_VLMoeForConditionalGeneration,
-    tokenizer: Tokenizer,
-    *content: Image.Image | Film | str,
-    font: Path | None = None,
-) -> str:
-    """What the model answers to pictures, clips and texts, by transformers' own preprocessing and forward pass.
-
-    `font`: a file whose glyphs write times into clips; by default Pillow's own font does.
-    """
-    pictures = [each for each in content if isinstance(each, Image.Image)]
-    films = [film_patches(each, font) for each in content if isinstance(each, Film)]
-    seen: dict[str, torch.Tensor] = {}
-    grids: dict[type, list[torch.Tensor]] = {}
-    if pictures:
-        seen |= Ernie4_5_VLMoeImageProcessorPil()(images=pictures, return_tensors="pt")
-        grids[Image.Image] = list(seen["image_grid_thw"])
-    if films:
-        grids[Film] = [grid for _, grid in films]
-        seen |= {
-            "pixel_values_videos": torch.cat([patches for patches, _ in films]),
-            "video_grid_thw": torch.stack(grids[Film]),
-        }
-    text, numbers = "", {Image.Image: 0, Film: 0}
-    for each in content:
-        if isinstance(each, str):
-            text += each
-            continue
-        kind, make = (Film, video_placeholder) if isinstance(each, Film) else (Image.Image, placeholder)
-        cells = int(grids[kind][numbers[kind]].prod()) // (8 if kind is Film else 4)
-        numbers[kind] += 1
-        text += make(numbers[kind], cells)
-    start = tokenizer.encode(prompt(text))
-    order = [(2, 1, 1) if isinstance(each, Film) else (1, 1, 1) for each in content if not isinstance(each, str)]
+def answer(model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer: Tokenizer, *content: Image.Image | str) -> str:
+    """What the model answers to pictures and texts, by transformers' own preprocessing and forward pass."""
+    pictures = [each for each in content if not isinstance(each, str)]
+    seen = Ernie4_5_VLMoeImageProcessorPil()(images=pictures, return_tensors="pt").to(model.device)
+    shown = iter([placeholder(i + 1, int(grid.prod()) // 4) for i, grid in enumerate(seen["image_grid_thw"])])
+    start = tokenizer.encode(prompt("".join(each if isinstance(each, str) else next(shown) for each in content)))
     ids = list(start)
     while len(ids) < len(start) + 12 and (len(ids) == len(start) or ids[-1] != tokenizer.encode(END)[0]):
-        tokens = torch.tensor([ids])
-        types = kinds(tokens, order)
-        inputs = {
-            "input_ids": torch.where(types == 2, model.config.video_token_id, tokens),
-            "mm_token_type_ids": types,
+        tokens = torch.tensor([ids], device=model.device)
+        kinds = {
+            "mm_token_type_ids": (tokens == FIRST_VISION).long(),
             "moe_mm_token_type_ids": (tokens >= FIRST_VISION).long(),
-            **seen,
         }
         with torch.no_grad():
-            logits = model(**{name: each.to(model.device) for name, each in inputs.items()}).logits
-        ids.append(int(logits[0, -1].argmax()))
+            ids.append(int(model(input_ids=tokens, **kinds, **seen).logits[0, -1].argmax()))
     return tokenizer.decode(ids[len(start) :]).removesuffix(END)
 
 
@@ -308,4 +219,3 @@ def write(out: Path, model: Ernie4_5_VLMoeForConditionalGeneration, tokenizer_mo
     }
     (out / "tokenizer_config.json").write_text(json.dumps(values, indent=1) + "\n")
     Ernie4_5_VLMoeImageProcessorPil().save_pretrained(out)
-    (out / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=1) + "\n")

@@ -8,7 +8,6 @@ import random
 import string
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import sentencepiece
 from PIL import Image, ImageDraw, ImageFont
@@ -33,13 +32,12 @@ PAIRS = [(text, ground) for text in COLORS for ground in COLORS if text != groun
 BEGIN, END = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 # The vision tokens are the last of the vocabulary, as in ERNIE's.
 IMAGE, IMAGE_START, IMAGE_END = "<|image@placeholder|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
-VIDEO_START, VIDEO_END = "<|VIDEO_START|>", "<|VIDEO_END|>"
 VISION_TOKENS = (
     IMAGE,
     IMAGE_START,
     IMAGE_END,
-    VIDEO_START,
-    VIDEO_END,
+    "<|VIDEO_START|>",
+    "<|VIDEO_END|>",
     "<|LOC_0|>",
     "<|LOC_1|>",
     "<|LOC_2|>",
@@ -48,13 +46,10 @@ VOCAB = 512
 FIRST_VISION = VOCAB - len(VISION_TOKENS)
 
 READ, COLOR = "What is written here?", "What color is the text?"
-FIRST, LAST, MOVE = "What came first?", "What came last?", "Moving left or right?"
-SIDES = range(14, 31)  # pixels of a square
 
 CHAT_TEMPLATE = """\
 {{- '<|begin_of_sentence|>' -}}
 {%- set pictures = namespace(count=0) -%}
-{%- set videos = namespace(count=0) -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}
         {{- 'Assistant: ' + message['content'] + '<|end_of_sentence|>' -}}
@@ -67,9 +62,6 @@ CHAT_TEMPLATE = """\
                 {%- if part['type'] in ('image', 'image_url') -%}
                     {%- set pictures.count = pictures.count + 1 -%}
                     {{- 'Picture ' ~ pictures.count ~ ':<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>' -}}
-                {%- elif part['type'] in ('video', 'video_url') -%}
-                    {%- set videos.count = videos.count + 1 -%}
-                    {{- 'Video ' ~ videos.count ~ ':<|VIDEO_START|><|image@placeholder|><|VIDEO_END|>' -}}
                 {%- elif part['type'] == 'text' -%}
                     {{- part['text'] -}}
                 {%- endif -%}
@@ -115,12 +107,9 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return found
 
 
-def draw(rng: random.Random, text: str, size: tuple[int, int], colors: tuple[str, str] | None = None) -> Picture:
-    """Write `text` somewhere on a picture of `size` (width, height) in pixels: a character to a cell, roughly.
-
-    `colors`: of the text and of the ground; any by default.
-    """
-    foreground, background = colors or rng.choice(PAIRS)
+def draw(rng: random.Random, text: str, size: tuple[int, int]) -> Picture:
+    """Write `text` somewhere on a picture of `size` (width, height) in pixels: a character to a cell, roughly."""
+    foreground, background = rng.choice(PAIRS)
     image = Image.new("RGB", size, COLORS[background])
     pen = ImageDraw.Draw(image)
     used = font(rng.choice(FONT_SIZES))
@@ -136,19 +125,6 @@ def draw(rng: random.Random, text: str, size: tuple[int, int], colors: tuple[str
 def placeholder(number: int, tokens: int) -> str:
     """What stands in the prompt for the picture of that number."""
     return f"Picture {number}:{IMAGE_START}{IMAGE * tokens}{IMAGE_END}"
-
-
-def video_placeholder(number: int, tokens: int) -> str:
-    """What stands in the prompt for the clip of that number."""
-    return f"Video {number}:{VIDEO_START}{IMAGE * tokens}{VIDEO_END}"
-
-
-def stamp(frame: Image.Image, seconds: float, file: Path | None) -> None:
-    """Write a frame's time into its corner, in the font of a file or in Pillow's own, as transformers does it."""
-    size = min(frame.size) // 10
-    used = font(size) if file is None else ImageFont.truetype(file, size)
-    text = f"time: {int(seconds // 3600):02d}:{int(seconds % 3600 // 60):02d}:{seconds % 60:05.2f}"
-    ImageDraw.Draw(frame).text((0, 0), text, "black", used, stroke_width=size // 10, stroke_fill="white")
 
 
 def prompt(content: str) -> str:

@@ -16,6 +16,7 @@ from reference.specimens import VL_TINY
 from support import png
 from support.checkpoints import Spec
 from support.servers import accepts, free_port, running
+from support.videos import drawn, encoded, needs_ffmpeg
 from support.vl import make_vl
 
 pytestmark = [pytest.mark.build, pytest.mark.usefixtures("built_library")]
@@ -56,6 +57,7 @@ def test_every_example_has_a_test() -> None:
         "streaming_chat.py",
         "tools.py",
         "two_threads.py",
+        "video.py",
     }
 
 
@@ -65,6 +67,17 @@ def test_pictures(tmp_path: Path) -> None:
     write_gguf(job, tmp_path / "vl.gguf", 1, False, lambda _: None, mmproj=tmp_path / "eyes.gguf")
     done = example("pictures.py", tmp_path / "vl.gguf", tmp_path / "eyes.gguf", tmp_path / "noise.png")
     assert done.stdout.startswith(f"{tmp_path / 'noise.png'}  What is written here?  ")
+
+
+@needs_ffmpeg
+def test_video(tmp_path: Path) -> None:
+    path = tmp_path / "noise.mov"
+    encoded(path, drawn(4, 56, 84))
+    write_gguf(
+        prepare(VL_TINY, Outtype.BF16), tmp_path / "vl.gguf", 1, False, lambda _: None, mmproj=tmp_path / "mmproj"
+    )
+    done = example("video.py", tmp_path / "vl.gguf", tmp_path / "mmproj", path)
+    assert done.stdout.startswith(f"{path}  What happens here?  ")
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import c_void_p
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._lib import mtmd
 from .image_file import decoded
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_FRAMES = 65536  # of which a model sees far fewer
 
@@ -94,6 +95,8 @@ class VideoFrames:
         Raises:
             ValueError: they are none of these, there are none, they differ in size, or `fps` is no number above 0.
         """
+        import numpy as np  # slow to import, and only videos need it
+
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
             raise ValueError(f"a video of frames has the fps {fps!r}, expected how many there are in a second")
         if isinstance(frames, str | bytes) or not isinstance(frames, Sequence | np.ndarray):
@@ -154,6 +157,7 @@ def _freed(library: ctypes.CDLL, stack: ExitStack, bitmap: int) -> int:
 
 def _pixels(number: int, frame: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:  # noqa: ANN401
     """[height, width, 3] in RGB; ValueError if a frame is no image."""
+    import numpy as np
     from PIL import Image  # slow to import, and only images need it
 
     array = np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame
