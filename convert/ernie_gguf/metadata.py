@@ -119,7 +119,7 @@ def write_projector(writer: GGUFWriter, name: str, config: ErnieConfig, eyes: Pr
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("ernie4_5vl")
     writer.add_vision_projection_dim(config.hidden)
-    writer.add_vision_image_size(37 * 2 * vision.patch)  # of the warm-up; pictures have any size
+    writer.add_vision_image_size(37 * 2 * vision.patch)  # of the warm-up; images have any size
     writer.add_vision_patch_size(vision.patch)
     writer.add_vision_spatial_merge_size(2)
     writer.add_vision_embedding_length(vision.width)

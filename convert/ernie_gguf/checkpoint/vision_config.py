@@ -50,7 +50,7 @@ class VideoPreprocessor:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """How a picture becomes patches: pixels after resizing, and the normalization of values from 0 to 1.
+    """How an image becomes patches: pixels after resizing, and the normalization of values from 0 to 1.
 
     `video` is None if the checkpoint says nothing of videos.
     """
@@ -188,7 +188,7 @@ def _processor(folder: Path, names: tuple[str, ...], child: str) -> JsonObject |
 
 
 def _pixels(config: JsonObject, low: int, high: int) -> tuple[int, int]:
-    """The least and the most pixels of a picture, under the names that transformers 4 and 5 give them."""
+    """The least and the most pixels of an image, under the names that transformers 4 and 5 give them."""
     size = _child(config, "size")
     low = size.integer("shortest_edge", 1, MAX_PIXELS, default=config.integer("min_pixels", 1, MAX_PIXELS, default=low))
     most = config.integer("max_pixels", low, MAX_PIXELS, default=high)
@@ -196,7 +196,7 @@ def _pixels(config: JsonObject, low: int, high: int) -> tuple[int, int]:
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
-    """The picture's numbers of preprocessor_config.json, or of processor_config.json, or ERNIE's own; the video's."""
+    """The image numbers of preprocessor_config.json, or of processor_config.json, or ERNIE's own; the video's."""
     config = _processor(folder, ("preprocessor_config.json", "processor_config.json"), "image_processor")
     default = Preprocessor(video=_video_preprocessor(folder))
     if config is None:
