@@ -190,7 +190,12 @@ def test_bad_requests(small_job: Job, request_: MixRequest, problem: str) -> Non
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("iq3_s", "PATTERN=TYPE"), ("=iq3_s", "PATTERN=TYPE"), ("x=iq9_z", "no type 'iq9_z'"), ("(=iq3_s", "not a regular expression")],
+    [
+        ("iq3_s", "PATTERN=TYPE"),
+        ("=iq3_s", "PATTERN=TYPE"),
+        ("x=iq9_z", "no type 'iq9_z'"),
+        ("(=iq3_s", "not a regular expression"),
+    ],
 )
 def test_bad_overrides(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
