@@ -22,11 +22,12 @@ from ernie_gguf.plan import choose
 from ernie_llama import Llama
 from ernie_llama._engine.media import ImageFile
 from ernie_llama._engine.vision import Image
-from ernie_llama._lib import library, mtmd
+from ernie_llama._lib import mtmd
 from reference import vl_golden
 from reference.golden import Floats, sampled_ids
 from reference.vl_golden import END, PICTURES, PROMPTS, START, GoldenPictures
 from support import png
+from support.float32 import use_float32
 
 pytestmark = pytest.mark.build
 
@@ -61,23 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values in float32, and no flash attention, here and in the tower."""
-    llama, libmtmd = library.load(), mtmd.load()
-    context_defaults, encoder_defaults = llama.llama_context_default_params, libmtmd.mtmd_context_params_default
-
-    def context() -> object:
-        params = context_defaults()
-        params.type_k = params.type_v = 0  # GGML_TYPE_F32
-        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    def encoder() -> object:
-        params = encoder_defaults()
-        params.flash_attn_type = 0
-        return params
-
-    monkeypatch.setattr(llama, "llama_context_default_params", context)
-    monkeypatch.setattr(libmtmd, "mtmd_context_params_default", encoder)
+    use_float32(monkeypatch)
 
 
 def load(files: Files, **options: object) -> Llama:

@@ -20,12 +20,12 @@ from ernie_gguf.plan import choose
 from ernie_llama import Llama
 from ernie_llama._engine.media import ImageFile, VideoFrames
 from ernie_llama._engine.vision import Image, VisionEncoder
-from ernie_llama._lib import library, mtmd
 from reference import video_golden
 from reference.golden import Floats, sampled_ids
 from reference.video_golden import PROMPTS, RESIZED, TIMED, TIMES, VIDEOS, GoldenVideos
 from reference.vl_golden import PICTURES
 from support import videos
+from support.float32 import use_float32
 from support.videos import drawn, needs_ffmpeg
 
 pytestmark = pytest.mark.build
@@ -60,29 +60,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def llm(files: Files) -> Iterator[Llama]:
-    """Keys and values in float32, and no flash attention, here and in the tower."""
     with loaded(files) as found:
         yield found
 
 
 def loaded(files: Files, **options: object) -> Llama:
-    llama, libmtmd = library.load(), mtmd.load()
-    context_defaults, eyes_defaults = llama.llama_context_default_params, libmtmd.mtmd_context_params_default
-
-    def context() -> object:
-        params = context_defaults()
-        params.type_k = params.type_v = 0  # GGML_TYPE_F32
-        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    def eyes() -> object:
-        params = eyes_defaults()
-        params.flash_attn_type = 0
-        return params
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "llama_context_default_params", context)
-        patch.setattr(libmtmd, "mtmd_context_params_default", eyes)
+        use_float32(patch)
         defaults = {"n_ctx": 1024, "n_threads": 1, "logits_all": True, "cache_prompt": False}
         return Llama(files.model, mmproj_path=files.eyes, **(defaults | options))  # type: ignore[arg-type]
 
