@@ -503,38 +503,6 @@ template <int LANES> struct stock_kernels {
         }
     }
 
-    template <int D>
-    static INLINE void feedback(const stock_kind & kind,
-                                const stock_rows & rows,
-                                const float *      metric,
-                                const float *      root,
-                                const float *      feed) {
-        const int           words = kind.sub / D;
-        std::vector<tables> t(words);
-        for (int start = 0; start < GROUP; start += kind.sub) {
-            for (int q = 0; q < words; q++) {
-                t[q].make(kind, metric + (start / D + q) * D * D);
-            }
-            for (int64_t i = 0; i < rows.n; i += LANES) {
-                feedback_run<D>(kind, rows, t.data(), root, feed, start, i);
-            }
-        }
-    }
-
-    static INLINE void feedback_group(const stock_kind & kind,
-                                      const stock_rows & rows,
-                                      const float *      metric,
-                                      const float *      root,
-                                      const float *      feed) {
-        if (kind.dim == 1) {
-            feedback<1>(kind, rows, metric, root, feed);
-        } else if (kind.dim == 4) {
-            feedback<4>(kind, rows, metric, root, feed);
-        } else {
-            feedback<8>(kind, rows, metric, root, feed);
-        }
-    }
-
     // --- coordinate descent
 
     // Move a run's step, then its minimum, to the best that the type has for its codewords v.
@@ -646,12 +614,15 @@ template <int LANES> struct stock_kernels {
         }
     }
 
-    template <int D>
-    static INLINE void descend(const stock_kind & kind,
-                               const stock_rows & rows,
-                               const float *      metric,
-                               const float *      h,
-                               const float *      inverse) {
+    // --- a group, run by run
+
+    // a and b are root and feed, or h and inverse.
+    template <int D, bool DESCENT>
+    static INLINE void group_of(const stock_kind & kind,
+                                const stock_rows & rows,
+                                const float *      metric,
+                                const float *      a,
+                                const float *      b) {
         const int           words = kind.sub / D;
         std::vector<tables> t(words);
         for (int start = 0; start < GROUP; start += kind.sub) {
@@ -659,24 +630,33 @@ template <int LANES> struct stock_kernels {
                 t[q].make(kind, metric + (start / D + q) * D * D);
             }
             for (int64_t i = 0; i < rows.n; i += LANES) {
-                descend_run<D>(kind, rows, t.data(), h, inverse, start, i);
+                if constexpr (DESCENT) {
+                    descend_run<D>(kind, rows, t.data(), a, b, start, i);
+                } else {
+                    feedback_run<D>(kind, rows, t.data(), a, b, start, i);
+                }
             }
         }
     }
 
-    static INLINE void descend_group(const stock_kind & kind,
-                                     const stock_rows & rows,
-                                     const float *      metric,
-                                     const float *      h,
-                                     const float *      inverse) {
+    template <bool DESCENT>
+    static INLINE void group(const stock_kind & kind,
+                             const stock_rows & rows,
+                             const float *      metric,
+                             const float *      a,
+                             const float *      b) {
         if (kind.dim == 1) {
-            descend<1>(kind, rows, metric, h, inverse);
+            group_of<1, DESCENT>(kind, rows, metric, a, b);
         } else if (kind.dim == 4) {
-            descend<4>(kind, rows, metric, h, inverse);
+            group_of<4, DESCENT>(kind, rows, metric, a, b);
         } else {
-            descend<8>(kind, rows, metric, h, inverse);
+            group_of<8, DESCENT>(kind, rows, metric, a, b);
         }
     }
+
+    template <class... T> static INLINE void feedback_group(const T &... x) { group<false>(x...); }
+
+    template <class... T> static INLINE void descend_group(const T &... x) { group<true>(x...); }
 };
 
 // NAME_64 and so on: a kernel in code for registers of so many bytes.
