@@ -126,7 +126,7 @@ class VideoFrames:
         """An `mtmd_bitmap *` of the frames that the model wants to see, each with its time; `stack` frees it.
 
         Raises:
-            ValueError: the model has no rule which it wants; the message goes on after a name of the video.
+            ValueError: the mmproj has no rule for choosing frames; the message goes on after a name of the video.
         """
         numbers = (ctypes.c_int32 * len(self.frames))()
         count = library.mtmd_helper_video_frames(context, len(self.frames), self.fps, -1.0, numbers, len(numbers))

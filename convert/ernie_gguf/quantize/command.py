@@ -92,7 +92,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         typer.Option(
             min=1,
             max=16,
-            help="The best experts of at most so many bits per weight; the rest q8_0.",
+            help="The best experts of at most this many bits per weight; everything else is q8_0.",
             show_default=False,
         ),
     ] = None,
@@ -104,7 +104,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         list[str] | None,
         typer.Option(
             metavar="PATTERN=TYPE",
-            help="Type of the tensors whose name a regular expression finds, whatever else is asked for; repeat.",
+            help="Type of the tensors whose names a regular expression matches; overrides all other choices; repeatable.",
             show_default=False,
         ),
     ] = None,
