@@ -104,7 +104,7 @@ def quantize(  # noqa: PLR0917 - typer makes options of the parameters
         list[str] | None,
         typer.Option(
             metavar="PATTERN=TYPE",
-            help="Type of the tensors whose names a regular expression matches; overrides all other choices; repeatable.",
+            help="Type of the tensors whose names a regular expression matches; overrides all else; repeatable.",
             show_default=False,
         ),
     ] = None,
